@@ -1,0 +1,53 @@
+"""Ten training techniques from ICML 2019 as drop-in parts for any PyTorch Lightning Trainer.
+
+Importing the package costs nothing: a class is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# public class -> the module that defines it
+_EXPORTS = {
+    "SoftNearestNeighborLoss": "snnl",
+    "Entanglement": "snnl",
+    "DeepKNN": "snnl",
+    "DigitsDataModule": "data",
+    "MNISTDataModule": "data",
+    "CIFAR10DataModule": "data",
+    "ImageFolderDataModule": "data",
+    "NoisyLabels": "data",
+    "ImbalancedSubset": "data",
+    "Classifier": "models",
+    "LoggerSaveConfig": "cli.save_config",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+if TYPE_CHECKING:
+    from lightning_methods.cli.save_config import LoggerSaveConfig as LoggerSaveConfig
+    from lightning_methods.data import CIFAR10DataModule as CIFAR10DataModule
+    from lightning_methods.data import DigitsDataModule as DigitsDataModule
+    from lightning_methods.data import ImageFolderDataModule as ImageFolderDataModule
+    from lightning_methods.data import ImbalancedSubset as ImbalancedSubset
+    from lightning_methods.data import MNISTDataModule as MNISTDataModule
+    from lightning_methods.data import NoisyLabels as NoisyLabels
+    from lightning_methods.models import Classifier as Classifier
+    from lightning_methods.snnl import DeepKNN as DeepKNN
+    from lightning_methods.snnl import Entanglement as Entanglement
+    from lightning_methods.snnl import SoftNearestNeighborLoss as SoftNearestNeighborLoss
+
+
+def __getattr__(name: str) -> object:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
