@@ -1,0 +1,399 @@
+"""The one way to add a loss term to an unchanged `training_step`: one hub per module, and a callback built on it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_methods.core._lightning import Callback, rank_zero_warn
+from lightning_methods.core.batches import Selector, batch_size_of, targets_of
+from lightning_methods.core.gather import gather_rows, gather_sizes, local_rows, world_size
+from lightning_methods.core.layers import match_names
+from lightning_methods.core.taps import FeatureTaps, Pool
+from lightning_methods.errors import (
+    InvalidArgument,
+    LayerNotFound,
+    NoEffect,
+    ShapeMismatch,
+    TermOutweighsLoss,
+    UnsupportedTraining,
+    check_choice,
+    did_you_mean,
+)
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What one `training_step` was given and returned."""
+
+    module: Any
+    batch: Any
+    batch_idx: int
+    output: Any
+    loss: Tensor
+
+
+class LossParticipant(Protocol):
+    """What joins a hub: something to do around the user's step, and a term to add to its loss."""
+
+    def around_step(self, module: Any, batch: Any, batch_idx: int) -> AbstractContextManager[Any]:
+        """Return what the user's `training_step` and all terms run inside of."""
+
+    def loss_term(self, step: TrainingStep) -> Tensor | None:
+        """Return the scalar to add to `step.loss`, or `None`."""
+
+
+class LossHub:
+    """Stands in for `module.training_step` while participants are there, and adds their terms to the loss it returns.
+
+    There is one hub per module, however many participants: independent wrappers cannot be removed in any order, a hub
+    can. It is called where Lightning calls the step: inside DDP's forward and the precision plugin's autocast, before
+    the loss is divided for accumulation and scaled. The terms themselves are computed with autocast off.
+
+    Use `LossHub.join` and `LossHub.leave`. Copies and pickles of the module have the user's own step.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.participants: list[LossParticipant] = []
+        self.inner = module.training_step
+        self.was_on_instance = "training_step" in vars(module)
+        # Lightning reads the signature through __wrapped__ to decide whether to pass batch_idx
+        functools.update_wrapper(self, self.inner)
+
+    @classmethod
+    def join(cls, module: Any, participant: LossParticipant) -> None:
+        """Add a participant; the first one puts the hub in place. Order of joining is order of the terms.
+
+        Raises:
+            UnsupportedTraining: for manual optimisation and for `training_step(self, dataloader_iter)`.
+        """
+        if not module.automatic_optimization:
+            raise UnsupportedTraining(
+                f"{type(module).__name__} optimises manually (automatic_optimization=False), where a term added to the "
+                f"returned loss would be lost. Use automatic optimisation, or add the term in your own training_step "
+                f"with the function of the same name."
+            )
+        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+            raise UnsupportedTraining(
+                f"{type(module).__name__}.training_step takes dataloader_iter, which gives no batch to read targets "
+                f"from. Write training_step(self, batch, batch_idx)."
+            )
+        current = vars(module).get("training_step")
+        hub = current if isinstance(current, cls) else cls(module)
+        if participant not in hub.participants:
+            hub.participants.append(participant)
+        # past nn.Module.__setattr__, which would look for parameters in the hub
+        object.__setattr__(module, "training_step", hub)
+
+    @classmethod
+    def leave(cls, module: Any, participant: LossParticipant) -> None:
+        """Remove a participant; the last one puts back what was there before. Harmless when called twice."""
+        hub = vars(module).get("training_step")
+        while hub is not None and not isinstance(hub, cls):
+            hub = getattr(hub, "__wrapped__", None)  # somebody wrapped the hub: it stays, without participants
+        if hub is None or participant not in hub.participants:
+            return
+        hub.participants.remove(participant)
+        if hub.participants or vars(module).get("training_step") is not hub:
+            return
+        if hub.was_on_instance:  # a compiled module keeps its compiled step there
+            object.__setattr__(module, "training_step", hub.inner)
+        else:
+            object.__delattr__(module, "training_step")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's `training_step` and return what it returned, with the terms added to its loss."""
+        # users call training_step from validation_step too, where nothing is to be added or logged
+        if not (self.participants and torch.is_grad_enabled() and self.module.trainer.training):
+            return self.inner(*args, **kwargs)
+        batch = args[0] if args else kwargs.get("batch")
+        batch_idx = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("batch_idx", 0)
+        with ExitStack() as stack:
+            for participant in self.participants:
+                stack.enter_context(participant.around_step(self.module, batch, batch_idx))
+            output = self.inner(*args, **kwargs)
+            loss = self._loss_of(output)
+            if loss is None:
+                return output
+            step = TrainingStep(self.module, batch, batch_idx, output, loss)
+            with torch.autocast(loss.device.type, enabled=False):
+                terms = [term for p in self.participants if (term := p.loss_term(step)) is not None]
+        if not terms:
+            return output
+        total = loss
+        for term in terms:
+            total = total + term
+        return {**output, "loss": total} if isinstance(output, Mapping) else total
+
+    def _loss_of(self, output: Any) -> Tensor | None:
+        """Return the loss in what the step returned; a skipped step (None) has none."""
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if output is None or isinstance(loss, Tensor):
+            return loss
+        held = f"a dict with the keys {sorted(map(str, output))}" if isinstance(output, Mapping) else f"{output!r:.80}"
+        raise UnsupportedTraining(
+            f"{type(self.module).__name__}.training_step returned {held}. A tensor, a dict with a tensor under 'loss', "
+            f"or None is needed."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # deepcopy and pickle pass the module through their memo, so that a copy is bound to the copied module
+        if isinstance(self.inner, types.MethodType):
+            return types.MethodType, (self.inner.__func__, self.module)
+        return _identity, (self.inner,)
+
+
+def _identity(x: Any) -> Any:
+    return x
+
+
+@dataclass(frozen=True)
+class LayerBatch:
+    """The rows of one layer that a term sees.
+
+    Attributes:
+        features: `(B, D)` in float32 or float64, the rows of all ranks in rank order where they were gathered.
+        labels: `(B, ...)`, what belongs to these rows.
+        rows: which of the rows are this rank's own.
+        ranks: over how many ranks the rows were gathered.
+    """
+
+    features: Tensor
+    labels: Tensor
+    rows: slice
+    ranks: int
+
+
+class AuxiliaryLoss(Callback):
+    r"""Abstract callback that adds `sum_l weight_l * term_l` over tapped layers to the loss of an unchanged module.
+
+    Subclasses say what the term of a layer is. A layer of weight 0 is a probe: its term is computed without graph, and
+    with all weights 0 the training is bit for bit the one without the callback.
+
+    Args:
+        layers: names or patterns of the layers, see `lightning_methods.core.layers.match_layers`.
+        weight: factor of the term, for all layers or by layer name or pattern (a layer that no pattern matches has 0).
+        warmup_steps: number of optimizer steps over which the weight grows linearly from 0.
+        schedule: instead, a function of the optimizer step that returns a factor for the weight.
+        labels: where the targets are in a batch: index, key or function, see `lightning_methods.core.batches`.
+        gather: whether the rows of all ranks are joined (with gradient), so that DDP equals one process.
+        every_n_steps: act in every n-th batch of an epoch only.
+        log_on: log once per `"epoch"` (mean over its batches) or per `"step"`.
+        select, pool, on_repeat, capture: how a layer's tensor is read, see `lightning_methods.core.taps.FeatureTaps`.
+
+    Raises:
+        InvalidArgument: for settings that cannot be read.
+    """
+
+    #: first part of every logged key
+    prefix: ClassVar[str]
+
+    def __init__(
+        self,
+        layers: str | list[str],
+        *,
+        weight: float | dict[str, float],
+        warmup_steps: int = 0,
+        schedule: Callable[[int], float] | None = None,
+        labels: int | str | Callable[[Any], Tensor] | None = None,
+        gather: bool = True,
+        every_n_steps: int = 1,
+        log_on: Literal["epoch", "step"] = "epoch",
+        select: int | str | None = None,
+        pool: Pool = "flatten",
+        on_repeat: Literal["error", "last", "all"] = "error",
+        capture: Literal["output", "input"] = "output",
+    ) -> None:
+        check_choice("log_on", log_on, ("epoch", "step"))
+        for key, value in (weight if isinstance(weight, dict) else {"weight": weight}).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+                raise InvalidArgument(f"The weight of {key!r} is {value!r}; a finite number is needed.")
+        if warmup_steps < 0 or every_n_steps < 1:
+            raise InvalidArgument(
+                f"warmup_steps={warmup_steps} and every_n_steps={every_n_steps}: at least 0 and at least 1 are needed."
+            )
+        if warmup_steps and schedule is not None:
+            raise InvalidArgument("warmup_steps and schedule both say how the weight grows. Give one of them.")
+        self.layers = [layers] if isinstance(layers, str) else list(layers)
+        self.weight = weight
+        self.warmup_steps = warmup_steps
+        self.schedule = schedule
+        self.labels: Selector = labels
+        self.gather = gather
+        self.every_n_steps = every_n_steps
+        self.log_on = log_on
+        self.is_probe = not any(weight.values()) if isinstance(weight, dict) else weight == 0
+        self.taps = FeatureTaps(
+            layers, select=select, pool=pool, on_repeat=on_repeat, capture=capture, detach=self.is_probe
+        )
+        self._layer_weights: dict[str, float] = {}
+        self._module: Any = None
+        self._balance = _Balance()
+
+    @abstractmethod
+    def layer_term(self, layer: str, batch: LayerBatch, step: TrainingStep) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Return the unweighted term of one layer and what to log of it, as quantity -> value.
+
+        With rows of several ranks, the mean over the ranks of what is returned must be the global value.
+        """
+
+    @property
+    def state_key(self) -> str:
+        """Tell several callbacks of one kind in one trainer apart, by their layers."""
+        return self._generate_state_key(layers=self.taps.patterns, capture=self.taps.capture)
+
+    # -- life in the trainer -----------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Resolve the layers and join the hub; here, since modules may be built as late as `configure_model`."""
+        LossHub.join(pl_module, self)
+        self._module = pl_module
+        try:
+            self._layer_weights = self._weights_of(self.taps.attach(pl_module))
+        except Exception:
+            self.release()
+            raise
+        self._balance = _Balance()
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the module as it was."""
+        self.release()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the module as it was also after a crash, where Lightning calls no `on_fit_end`."""
+        self.release()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the module as it was."""
+        self.release()
+
+    def release(self) -> None:
+        """Remove every hook and the wrapper; harmless when called twice."""
+        self.taps.detach()
+        if self._module is not None:
+            LossHub.leave(self._module, self)
+            self._module = None
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def around_step(self, module: Any, batch: Any, batch_idx: int) -> Iterator[None]:
+        """Open the taps for the user's step."""
+        if batch_idx % self.every_n_steps:
+            yield
+            return
+        with self.taps.recording():
+            yield
+
+    def loss_term(self, step: TrainingStep) -> Tensor | None:
+        """Return the weighted sum of the layers' terms, or `None` for a probe, and log them."""
+        if step.batch_idx % self.every_n_steps:
+            return None
+        factor = self._factor(step.module.global_step)
+        labels = targets_of(step.batch, self.labels)
+        layer_batches = self._layer_batches(self.taps.read(), labels)
+        weighted: Tensor | None = None
+        for layer, layer_batch in layer_batches.items():
+            weight = factor * self._layer_weights[layer.split("#")[0]]
+            with torch.set_grad_enabled(weight != 0):
+                term, quantities = self.layer_term(layer, layer_batch, step)
+            self._log(step, {f"{quantity}/{layer}": value for quantity, value in quantities.items()}, labels)
+            if weight != 0:
+                weighted = weight * term if weighted is None else weighted + weight * term
+        if weighted is not None:
+            self._balance.see(weighted, step.loss, type(self).__name__)
+            logged = {"loss": weighted.detach(), "total_loss": (step.loss + weighted).detach()}
+            self._log(step, logged, labels)
+        return weighted
+
+    def _layer_batches(self, features: dict[str, Tensor], labels: Tensor) -> dict[str, LayerBatch]:
+        """Return the rows of every layer, of all ranks if asked for, in at least float32."""
+        ranks = world_size() if self.gather else 1
+        sizes = gather_sizes(len(labels), labels.device) if ranks > 1 else [len(labels)]
+        rows = local_rows(sizes) if ranks > 1 else slice(0, len(labels))
+        all_labels = gather_rows(labels, sizes) if ranks > 1 else labels
+        batches: dict[str, LayerBatch] = {}
+        for layer, x in features.items():
+            if len(x) != len(labels):
+                raise ShapeMismatch(
+                    f"The layer {layer!r} gave {len(x)} rows (shape {tuple(x.shape)}) for {len(labels)} targets. "
+                    f"One row per target is needed: tap another layer, or pass pool= a function that makes them fit."
+                )
+            x = x if x.dtype == torch.float64 else x.float()
+            batches[layer] = LayerBatch(gather_rows(x, sizes) if ranks > 1 else x, all_labels, rows, ranks)
+        return batches
+
+    def _factor(self, global_step: int) -> float:
+        if self.schedule is not None:
+            return float(self.schedule(global_step))
+        return min(1.0, (global_step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+
+    def _weights_of(self, names: list[str]) -> dict[str, float]:
+        if not isinstance(self.weight, dict):
+            return dict.fromkeys(names, float(self.weight))
+        weights = dict.fromkeys(names, 0.0)
+        for pattern, value in self.weight.items():
+            matched = match_names(pattern, names)
+            if not matched:
+                raise LayerNotFound(
+                    f"weight has {pattern!r}, which no tapped layer matches. {did_you_mean(pattern, names)}"
+                )
+            weights.update(dict.fromkeys(matched, float(value)))
+        return weights
+
+    def _log(self, step: TrainingStep, values: Mapping[str, Tensor | float], labels: Tensor) -> None:
+        on_step = self.log_on == "step"
+        for key, value in values.items():
+            step.module.log(
+                f"{self.prefix}/{key}",
+                value,
+                on_step=on_step,
+                on_epoch=not on_step,
+                batch_size=batch_size_of(labels),
+                sync_dist=world_size() > 1,
+            )
+
+
+class _Balance:
+    """Compares a term with the loss it is added to over the first steps, and warns once where the term is larger.
+
+    Later the comparison would mislead: a loss that is almost 0 is outweighed by any term.
+    """
+
+    steps = 20
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.term: Tensor | float = 0.0
+        self.loss: Tensor | float = 0.0
+
+    def see(self, term: Tensor, loss: Tensor, who: str) -> None:
+        if self.seen >= self.steps:
+            return
+        if self.seen == 0 and not term.requires_grad:
+            rank_zero_warn(
+                f"{who}: none of the weighted layers is trained (their outputs need no gradient), so that the term has "
+                f"no effect. Tap a layer that is trained, or set weight=0 to only measure.",
+                category=NoEffect,
+            )
+        self.seen += 1
+        self.term = self.term + term.detach().abs()
+        self.loss = self.loss + loss.detach().abs()
+        # one synchronisation with the device in all
+        if self.seen == self.steps and self.term > self.loss:
+            rank_zero_warn(
+                f"{who}: over the first {self.steps} steps the added term is {float(self.term) / self.steps:.3g} on "
+                f"average and the loss {float(self.loss) / self.steps:.3g}: the training follows the term. If that is "
+                f"not meant, make the weight about {max(float(self.loss / self.term), 1e-4) / 10:.1g} times as large.",
+                category=TermOutweighsLoss,
+            )
