@@ -17,8 +17,9 @@ _WRAPPER_CLASSES = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 def named_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every submodule under the name that the user gave it.
 
-    What wrappers (compile, DDP, FSDP, checkpointing) add to names is left out. A module with two names comes under both. Where a wrapper and the module inside it have one name, the wrapper comes first: its hooks run outside
-    of the compiled region.
+    Names that wrappers (compile, DDP, FSDP, checkpointing) add are left out. A module registered under two names comes
+    under both. Where a wrapper and the module in it share a name, the wrapper comes first: its hooks run outside of the
+    compiled region.
 
     Example:
         >>> from torch import nn

@@ -1,0 +1,642 @@
+"""The soft nearest neighbour loss and what is measured with it (Frosst, Papernot and Hinton, ICML 2019)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_methods.errors import InvalidArgument, ShapeMismatch, check_choice
+
+Distance = Literal["sqeuclidean", "cosine"]
+
+# rows of the score matrix that are worked on at a time on a CPU, so that they stay in its cache
+_CACHED_ELEMENTS = 2**18
+
+
+def soft_nearest_neighbor_loss(
+    features: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 100.0,
+    *,
+    distance: Distance = "sqeuclidean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    ignore_index: int | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Return how entangled the classes are: the soft nearest neighbour loss at one temperature (equation 1).
+
+    .. math:: l_{sn}(x, y, T) = -\frac{1}{M} \sum_i \log
+        \frac{\sum_{j \ne i,\, y_j = y_i} e^{-D_{ij}/T}}{\sum_{k \ne i} e^{-D_{ik}/T}}
+
+    0 where every sample's neighbours are of its own class, `chance_level(labels)` where they are drawn at random. The
+    value is not comparable between batch sizes or class balances unless it is divided by `chance_level(labels)`.
+
+    Shapes:
+        features `(B, ...)`, flattened to `(B, D)`; labels `(B,)`, `(B, 1)` or one-hot `(B, C)`; returns a scalar, or
+        `(B,)` with `reduction="none"`.
+
+    Args:
+        features: one row per sample; half precisions are computed in float32.
+        labels: class of each sample.
+        temperature: `T > 0`, in units of the distance (the paper's first value is 100, meant for squared Euclidean
+            distances between wide convolutional features; cosine distances want 0.1 to 1). A tensor gets a gradient.
+            `inf` gives the chance level.
+        distance: `D`, squared Euclidean or `1 - cos`.
+        reduction: mean or sum over the `M` samples that have another one of their class, or no reduction (0 for the
+            samples without).
+        ignore_index: label of samples that are neither anchors nor neighbours.
+        chunk_size: work on so many rows at a time and compute them again in the backward pass: memory grows with
+            `chunk_size * B` instead of `B * B`, at up to twice the time.
+
+    Raises:
+        InvalidArgument: for a temperature that is not positive, an unknown mode, or soft or multi-label targets.
+        ShapeMismatch: if features and labels do not fit together.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[0.0], [1.0], [3.0]], dtype=torch.float64)
+        >>> print(f"{soft_nearest_neighbor_loss(x, torch.tensor([0, 0, 1]), 1.0):.6f}")
+        0.024461
+
+    Deviations from the paper: a sample without another one of its class, whose term would be infinite, is left out of
+    the mean; the released code adds a constant for it. Everything is computed in logarithms, so that no temperature
+    saturates.
+    """
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    x, classes, keep = _prepared(features, labels, distance, ignore_index)
+    losses, valid = anchor_losses(x, classes, temperature, distance=distance, keep=keep, chunk_size=chunk_size)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / valid.sum().clamp(min=1)
+
+
+def anchor_losses(
+    x: Tensor,
+    classes: Tensor,
+    temperature: float | Tensor,
+    *,
+    distance: Distance = "sqeuclidean",
+    keep: Tensor | None = None,
+    rows: slice | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of each anchor against all samples, and which anchors have another sample of their class.
+
+    Shapes:
+        x `(B, D)` prepared features, classes `(B,)`, keep `(B,)` or `None`; returns two tensors `(N,)`.
+
+    Args:
+        x: features, in float32 or float64.
+        classes: integer labels.
+        temperature: positive number or tensor.
+        distance: squared Euclidean or cosine.
+        keep: which samples count at all.
+        rows: the anchors, a contiguous slice of the samples; all by default. In distributed training each rank takes
+            its own rows of the joined batch.
+        chunk_size: see `soft_nearest_neighbor_loss`.
+
+    Raises:
+        InvalidArgument: for a temperature or chunk size that is not positive.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise InvalidArgument(f"chunk_size={chunk_size}: at least 1 row at a time is needed, or None.")
+    beta = _inverse_temperature(temperature, x)
+    start, stop, _ = (rows or slice(None)).indices(len(x))
+    with torch.autocast(x.device.type, enabled=False):
+        if distance == "cosine":
+            x = _unit_rows(x)
+        else:
+            # distances are translation invariant: centring removes cancellation, and the gradient of the mean is 0
+            x = x - x.detach().mean(0) if len(x) else x
+        losses, valid = _AnchorLosses.apply(x, beta, classes, keep, (start, stop), distance == "cosine", chunk_size)
+    return losses, valid
+
+
+def optimal_temperature(
+    features: Tensor, labels: Tensor, *, distance: Distance = "sqeuclidean", ignore_index: int | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Return the temperature at which the loss is smallest, and that loss: a value free of the features' scale.
+
+    .. math:: l'_{sn}(x, y) = \min_{T} l_{sn}(x, y, T) \qquad \text{(equation 2)}
+
+    The inverse temperature is searched on a grid of nine decades around the median distance, then refined by Newton's
+    method inside the best bracket; the loss is not unimodal. It is never above the chance level, which is the value at
+    infinite temperature (returned as `inf` where nothing is better).
+
+    Shapes:
+        features `(B, ...)`, labels `(B,)`; returns two scalars without gradient.
+
+    Args:
+        features: one row per sample.
+        labels: class of each sample.
+        distance: squared Euclidean or `1 - cos`.
+        ignore_index: label of samples to leave out.
+
+    Raises:
+        InvalidArgument: for soft or multi-label targets.
+        ShapeMismatch: if features and labels do not fit together.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[0.0], [1.0], [3.0], [4.0]])
+        >>> temperature, loss = optimal_temperature(x, torch.tensor([0, 0, 1, 1]))
+        >>> bool(loss < 1e-6)
+        True
+
+    Deviations from the paper: the exact minimum instead of one gradient step, which can make the released code's
+    temperature negative.
+    """
+    x, classes, keep = _prepared(features, labels, distance, ignore_index)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        distances = _pair_distances(x, distance)
+        search = _TemperatureSearch(distances, *_masks(classes, keep))
+        return search.minimum()
+
+
+def median_temperature(features: Tensor, *, distance: Distance = "sqeuclidean") -> Tensor:
+    """Return the median distance between different samples, a temperature free of the features' scale.
+
+    Shapes:
+        features `(B, ...)`; returns a scalar without gradient, 1 where all samples are the same.
+
+    Args:
+        features: one row per sample. Of more than 512 rows every so-manieth is used.
+        distance: squared Euclidean or `1 - cos`.
+
+    Raises:
+        ShapeMismatch: for features of less than two dimensions.
+
+    Example:
+        >>> import torch
+        >>> float(median_temperature(torch.tensor([[0.0], [1.0], [3.0]])))
+        4.0
+    """
+    check_choice("distance", distance, ("sqeuclidean", "cosine"))
+    x = _rows_of(features).detach()
+    x = x[:: math.ceil(len(x) / 512)] if len(x) else x
+    with torch.autocast(x.device.type, enabled=False):
+        return _median(_pair_distances(x, distance))
+
+
+def paper_temperature_step(
+    features: Tensor,
+    labels: Tensor,
+    t: float,
+    *,
+    initial_temperature: float = 100.0,
+    learning_rate: float = 0.1,
+    distance: Distance = "sqeuclidean",
+) -> float:
+    r"""Return the next `t` of the released code, whose temperature is `T = initial_temperature / t`.
+
+    One gradient step per batch, :math:`t \leftarrow t - 0.1\, \partial l_{sn}(x, y, T_0/t) / \partial t`, from `t = 1`.
+
+    Args:
+        features: `(B, ...)`.
+        labels: `(B,)`.
+        t: the current value.
+        initial_temperature: `T_0`, 100 in the paper.
+        learning_rate: 0.1 in the released code.
+        distance: squared Euclidean or `1 - cos`.
+
+    Raises:
+        InvalidArgument: if `t` is not positive.
+
+    Deviations from the paper: `t` is kept within `[1e-6, 1e6]`. The released code lets it become negative on features
+    of large scale, which turns the loss into its opposite.
+    """
+    if not t > 0:
+        raise InvalidArgument(f"t={t!r}: a positive number is needed.")
+    x, classes, keep = _prepared(features, labels, distance, None)
+    with torch.enable_grad():
+        scale = torch.tensor(t, dtype=x.dtype, device=x.device, requires_grad=True)
+        losses, valid = anchor_losses(x.detach(), classes, initial_temperature / scale, distance=distance, keep=keep)
+        (slope,) = torch.autograd.grad(losses.sum() / valid.sum().clamp(min=1), scale)
+    step = learning_rate * float(slope)
+    return min(max(t - step, 1e-6), 1e6) if math.isfinite(step) else t
+
+
+def chance_level(labels: Tensor, *, ignore_index: int | None = None) -> Tensor:
+    r"""Return the loss of features that say nothing of the classes, the limit of infinite temperature.
+
+    .. math:: \frac{1}{M} \sum_i \log \frac{B - 1}{n_{y_i} - 1}
+
+    Shapes:
+        labels `(B,)`; returns a scalar in float64.
+
+    Args:
+        labels: class of each sample.
+        ignore_index: label of samples to leave out.
+
+    Raises:
+        InvalidArgument: for soft or multi-label targets.
+
+    Example:
+        >>> import torch
+        >>> print(f"{chance_level(torch.arange(12) % 3):.6f}")
+        1.299283
+    """
+    classes = class_labels(labels)
+    if ignore_index is not None:
+        classes = classes[classes != ignore_index]
+    _, counts = classes.unique(return_counts=True)
+    counts = counts.double()
+    per_class = torch.log((len(classes) - 1) / (counts - 1).clamp(min=1))
+    weights = torch.where(counts > 1, counts, 0.0)
+    return (weights * per_class).sum() / weights.sum().clamp(min=1)
+
+
+def class_entanglement(
+    features: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    *,
+    distance: Distance = "sqeuclidean",
+    num_classes: int | None = None,
+    ignore_index: int | None = None,
+) -> Tensor:
+    r"""Return which classes are entangled: the share of class `b` among the soft neighbours of samples of class `a`.
+
+    .. math:: E_{ab} = \frac{1}{n_a} \sum_{i: y_i = a} \sum_{k \ne i,\, y_k = b}
+        \frac{e^{-D_{ik}/T}}{\sum_{m \ne i} e^{-D_{im}/T}}
+
+    Shapes:
+        features `(B, ...)`, labels `(B,)` with values from 0; returns `(C, C)` in float64. Rows of classes that are
+        present sum to 1, rows of absent classes are 0.
+
+    Args:
+        features: one row per sample.
+        labels: class of each sample.
+        temperature: positive number.
+        distance: squared Euclidean or `1 - cos`.
+        num_classes: `C`; the largest label plus 1 if not given.
+        ignore_index: label of samples to leave out.
+
+    Raises:
+        InvalidArgument: for a temperature that is not positive, or labels outside `[0, C)`.
+        ShapeMismatch: if features and labels do not fit together.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[0.0], [1.0], [9.0], [10.0]])
+        >>> class_entanglement(x, torch.tensor([0, 0, 1, 1]), 1.0).round(decimals=3)
+        tensor([[1., 0.],
+                [0., 1.]], dtype=torch.float64)
+    """
+    x, classes, keep = _prepared(features, labels, distance, ignore_index)
+    if keep is not None:
+        x, classes = x[keep], classes[keep]
+    if num_classes is None:
+        num_classes = int(classes.max()) + 1 if len(classes) else 0
+    if len(classes) and not (int(classes.min()) >= 0 and int(classes.max()) < num_classes):
+        raise InvalidArgument(
+            f"The labels go from {int(classes.min())} to {int(classes.max())}; 0 to {num_classes - 1} is needed for "
+            f"num_classes={num_classes}. Mark samples to leave out with ignore_index."
+        )
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        beta = _inverse_temperature(temperature, x)
+        member = torch.nn.functional.one_hot(classes, num_classes).to(torch.float64)
+        if len(x) < 2:
+            return member.new_zeros(num_classes, num_classes)
+        scores = (-beta * _pair_distances(x, distance)).fill_diagonal_(-math.inf)
+        mass = scores.softmax(1).double() @ member
+        return (member.T @ mass) / member.sum(0).clamp(min=1)[:, None]
+
+
+def class_labels(labels: Tensor) -> Tensor:
+    """Return labels as one integer per sample.
+
+    Shapes:
+        `(B,)`, `(B, 1)` or one-hot `(B, C)`; returns `(B,)`, int64.
+
+    Raises:
+        InvalidArgument: for soft labels (mixup, smoothing), several labels per sample, or fractions.
+        ShapeMismatch: for other shapes.
+    """
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim == 2:
+        hard = ((labels == 0) | (labels == 1)).all() & (labels.sum(1) == 1).all()
+        if not hard:
+            raise InvalidArgument(
+                "The targets are soft or hold several labels per sample; one class per sample is needed. Give the labels "
+                "from before mixup, cutmix or smoothing, for instance with labels=."
+            )
+        return labels.argmax(1)
+    if labels.ndim != 1:
+        raise ShapeMismatch(
+            f"The labels have the shape {tuple(labels.shape)}; (B,), (B, 1) or one-hot (B, C) is needed."
+        )
+    if labels.is_floating_point():
+        if not (labels == labels.round()).all():
+            raise InvalidArgument("The labels are fractions; one class per sample is needed (a regression target?).")
+        return labels.long()
+    if labels.is_complex():
+        raise InvalidArgument("The labels are complex numbers; one class per sample is needed.")
+    return labels.long()
+
+
+# -- the loss and its gradient -----------------------------------------------------------------------------------------
+
+
+class _AnchorLosses(torch.autograd.Function):
+    r"""Loss of each anchor, with the gradient in closed form.
+
+    With the scores `s_ik = -beta D_ik` up to a constant per row, `p` their softmax over `k != i` and `q` over the
+    positives, `dl_i/ds_ik = p_ik - q_ik =: G_ik`, whose rows sum to 0. Forward is one matrix product, backward one more
+    for `W = G + G^T`, and only `G` is kept; in chunks nothing is, and `G` is computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        beta: Tensor,
+        classes: Tensor,
+        keep: Tensor | None,
+        bounds: tuple[int, int],
+        cosine: bool,
+        chunk_size: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        start, stop = bounds
+        need_x, need_beta = ctx.needs_input_grad[:2]
+        stored = need_x and chunk_size is None
+        losses, valid = x.new_empty(stop - start), torch.empty(stop - start, dtype=torch.bool, device=x.device)
+        slopes = x.new_empty(stop - start) if need_beta else None
+        gradient = x.new_empty(stop - start, len(x)) if stored else None
+        for a, b in _blocks(x, start, stop, chunk_size):
+            own = slice(a - start, b - start)
+            block = _Block(x, beta, classes, keep, (a, b), cosine)
+            losses[own], valid[own] = block.losses, block.valid
+            if slopes is not None:
+                slopes[own] = block.slopes(beta)
+            if gradient is not None:
+                block.score_gradient(out=gradient[own])
+        ctx.save_for_backward(x, beta, classes, keep, gradient, slopes)
+        ctx.settings = (bounds, cosine, chunk_size)
+        ctx.mark_non_differentiable(valid)
+        return losses, valid
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, beta, classes, keep, gradient, slopes = ctx.saved_tensors
+        bounds, cosine, chunk_size = ctx.settings
+        need_x, need_beta = ctx.needs_input_grad[:2]
+        with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():  # somebody differentiates twice
+                inputs = [v for v, needed in ((x, need_x), (beta, need_beta)) if needed]
+                losses = _plain_losses(x, beta, classes, keep, bounds, cosine)
+                grads = list(torch.autograd.grad(losses, inputs, upstream, create_graph=True))
+                return grads.pop(0) if need_x else None, grads.pop(0) if need_beta else None, *[None] * 5
+            grad_beta = (upstream * slopes).sum() if need_beta else None
+            if not need_x:
+                grad_x = None
+            elif gradient is not None:
+                grad_x = _pulled_back(gradient, upstream, x, bounds, cosine).mul_(beta if cosine else 2 * beta)
+            else:
+                grad_x = torch.zeros_like(x)
+                for a, b in _blocks(x, *bounds, chunk_size):
+                    block = _Block(x, beta, classes, keep, (a, b), cosine)
+                    own = slice(a - bounds[0], b - bounds[0])
+                    grad_x += _pulled_back(block.score_gradient(), upstream[own], x, (a, b), cosine)
+                grad_x.mul_(beta if cosine else 2 * beta)
+        return grad_x, grad_beta, *[None] * 5
+
+
+class _Block:
+    """The scores of the anchors `a` to `b` against all samples, and what follows from them."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        beta: Tensor,
+        classes: Tensor,
+        keep: Tensor | None,
+        bounds: tuple[int, int],
+        cosine: bool,
+    ) -> None:
+        a, b = bounds
+        scores = _scores(x, beta, bounds, cosine)
+        scores.diagonal(a).fill_(-math.inf)
+        different = torch.ne(classes[a:b, None], classes, out=x.new_empty(b - a, len(x)))
+        if keep is not None:
+            scores.masked_fill_(~keep, -math.inf)
+            different.masked_fill_(~(keep[a:b, None] & keep), 1.0)
+        self.valid = len(x) - different.sum(1) > 1  # each anchor is among its own class
+        self.scores = scores
+        # a finite push out of the positives: a row without any stays free of NaN, and softmax is exact all the same
+        positive = torch.add(scores, different, alpha=-torch.finfo(x.dtype).max / 2)
+        self.p, self.q = scores.softmax(1), positive.softmax(1)
+        losses = _log_sum_exp(scores, self.p) - _log_sum_exp(positive, self.q)
+        self.losses = torch.where(self.valid, losses, 0.0)
+
+    def score_gradient(self, out: Tensor | None = None) -> Tensor:
+        """Return `G = p - q`, 0 for anchors that do not count."""
+        return torch.sub(self.p, self.q, out=out).masked_fill_(~self.valid[:, None], 0.0)
+
+    def slopes(self, beta: Tensor) -> Tensor:
+        """Return the derivative of each loss by the inverse temperature, `E_q[D] - E_p[D]`."""
+        return (self.score_gradient() * self.scores.masked_fill(self.scores == -math.inf, 0.0)).sum(1) / beta
+
+
+def _log_sum_exp(scores: Tensor, softmax: Tensor) -> Tensor:
+    """Return `log sum exp` of each row from its softmax: exact where sums underflow, without another exponential."""
+    return scores.amax(1) - softmax.amax(1).log()
+
+
+def _scores(x: Tensor, beta: Tensor, bounds: tuple[int, int], cosine: bool) -> Tensor:
+    """Return `-beta D` for the anchors, up to a constant in each row, which the loss does not see."""
+    a, b = bounds
+    if cosine:
+        return (x[a:b] * beta) @ x.T
+    return torch.addmm(torch.linalg.vecdot(x, x) * -beta, x[a:b] * (2 * beta), x.T)
+
+
+def _pulled_back(gradient: Tensor, upstream: Tensor, x: Tensor, bounds: tuple[int, int], cosine: bool) -> Tensor:
+    """Return the gradient for `x`, but for its factor, from that for the scores."""
+    a, b = bounds
+    weighted = gradient * upstream[:, None]
+    lengths = weighted.sum(0)
+    if b - a == len(x):
+        # copying a transposed matrix is tuned, adding one is not
+        grad_x = torch.empty_like(weighted).copy_(weighted.T).add_(weighted) @ x
+    else:
+        grad_x = weighted.T @ x[a:b]
+        grad_x[a:b] += weighted @ x
+    return grad_x if cosine else grad_x.sub_(lengths[:, None] * x)
+
+
+def _plain_losses(
+    x: Tensor, beta: Tensor, classes: Tensor, keep: Tensor | None, bounds: tuple[int, int], cosine: bool
+) -> Tensor:
+    """The same losses in operations that can be differentiated any number of times."""
+    a, b = bounds
+    itself = torch.zeros(b - a, len(x), dtype=torch.bool, device=x.device)
+    itself.diagonal(a).fill_(True)
+    same = classes[a:b, None] == classes[None]
+    out = itself
+    if keep is not None:
+        out = out | ~keep
+        same = same & keep[a:b, None]
+    positive = same & ~out
+    valid = positive.any(1)
+    # rows without a positive get a constant score, so that no infinity reaches the derivative
+    scores = torch.where(valid[:, None], _scores(x, beta, bounds, cosine), 0.0)
+    everything = scores.masked_fill(out & valid[:, None], -math.inf).logsumexp(1)
+    own = scores.masked_fill(~positive & valid[:, None], -math.inf).logsumexp(1)
+    return torch.where(valid, everything - own, 0.0)
+
+
+def _blocks(x: Tensor, start: int, stop: int, chunk_size: int | None) -> list[tuple[int, int]]:
+    size = chunk_size or (max(16, _CACHED_ELEMENTS // max(len(x), 1)) if x.device.type == "cpu" else stop - start)
+    return [(a, min(a + size, stop)) for a in range(start, stop, max(size, 1))]
+
+
+# -- the search for the temperature ------------------------------------------------------------------------------------
+
+
+class _TemperatureSearch:
+    """Minimise the loss over the inverse temperature, given all distances."""
+
+    decades = (-6.0, 3.0)  # of beta times the median distance
+    grid = 33
+    newton_steps = 30
+
+    def __init__(self, distances: Tensor, positive: Tensor, out: Tensor) -> None:
+        valid = positive.any(1)
+        self.rows = int(valid.sum())
+        distances, positive, out = distances[valid], positive[valid], out[valid]
+        self.scale = float(_median(distances)) if self.rows else 1.0
+        self.tolerance = math.sqrt(torch.finfo(distances.dtype).eps)  # nearer, a minimum is flat to rounding
+        self.distances = distances
+        zeros = torch.zeros_like(distances)
+        self.not_neighbour = zeros.masked_fill(out, -math.inf)
+        self.not_positive = zeros.masked_fill(~positive, -math.inf)
+
+    def minimum(self) -> tuple[Tensor, Tensor]:
+        """Return temperature and loss at the minimum; chance and infinite temperature where nothing is better."""
+        zero = self.distances.new_zeros(())
+        infinite = zero + math.inf
+        if not self.rows:
+            return infinite, zero
+        lo, hi = self.decades
+        betas = [10 ** (lo + (hi - lo) * i / (self.grid - 1)) / self.scale for i in range(self.grid)]
+        losses = [float(self.moments(beta, order=0)[0]) for beta in betas]
+        chance = float(self.moments(0.0, order=0)[0])
+        best = min(range(self.grid), key=losses.__getitem__)
+        if not losses[best] < chance:
+            return infinite, zero + chance
+        beta, loss = self.refined(betas[max(best - 1, 0)], betas[best], betas[min(best + 1, self.grid - 1)])
+        if loss > losses[best]:
+            beta, loss = betas[best], losses[best]
+        return zero + 1 / beta, zero + loss
+
+    def refined(self, low: float, beta: float, high: float) -> tuple[float, float]:
+        """Return the minimum between two grid points: Newton in log(beta), bisection where it leaves the bracket."""
+        low, u, high = math.log(low), math.log(beta), math.log(high)
+        loss = math.inf
+        for _ in range(self.newton_steps):
+            beta = math.exp(u)
+            value, slope, curvature = (float(m) for m in self.moments(beta, order=2))
+            loss = value
+            first, second = beta * slope, beta * slope + beta * beta * curvature
+            low, high = (u, high) if first < 0 else (low, u)
+            step = u - first / second if second > 0 else math.inf
+            new = step if low < step < high else (low + high) / 2
+            if abs(new - u) < self.tolerance:
+                break
+            u = new
+        return math.exp(u), loss
+
+    def moments(self, beta: float, *, order: int) -> tuple[Tensor, ...]:
+        """Return the loss, and its first two derivatives by beta from the moments of the distance under p and q."""
+        scores = self.distances * -beta
+        everything, own = scores + self.not_neighbour, scores + self.not_positive
+        p, q = everything.softmax(1), own.softmax(1)
+        loss = (_log_sum_exp(everything, p) - _log_sum_exp(own, q)).double().mean()
+        if order == 0:
+            return (loss,)
+        mean_p, mean_q = ((w * self.distances).sum(1) for w in (p, q))
+        square_p, square_q = ((w * self.distances**2).sum(1) for w in (p, q))
+        slope = (mean_q - mean_p).double().mean()
+        curvature = ((square_p - mean_p**2) - (square_q - mean_q**2)).double().mean()
+        return loss, slope, curvature
+
+
+# -- preparation -------------------------------------------------------------------------------------------------------
+
+
+def _prepared(
+    features: Tensor, labels: Tensor, distance: str, ignore_index: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return features `(B, D)` in float32 or float64, classes `(B,)` and which samples count (`None`: all)."""
+    check_choice("distance", distance, ("sqeuclidean", "cosine"))
+    x, classes = _rows_of(features), class_labels(labels).to(features.device)
+    if len(x) != len(classes):
+        raise ShapeMismatch(
+            f"There are {len(x)} rows of features {tuple(features.shape)} and {len(classes)} labels "
+            f"{tuple(labels.shape)}; one label per row is needed."
+        )
+    if ignore_index is None:
+        return x, classes, None
+    keep = classes != ignore_index
+    return torch.where(keep[:, None], x, 0.0), classes, keep
+
+
+def _rows_of(features: Tensor) -> Tensor:
+    if features.ndim < 2 or features.is_complex():
+        raise ShapeMismatch(
+            f"The features have the shape {tuple(features.shape)} and are {features.dtype}; real numbers (B, D) with "
+            f"one row per sample are needed, or (B, ...) to be flattened."
+        )
+    return features.flatten(1).to(torch.float64 if features.dtype == torch.float64 else torch.float32)
+
+
+def _inverse_temperature(temperature: float | Tensor, x: Tensor) -> Tensor:
+    value = torch.as_tensor(temperature, dtype=x.dtype, device=x.device)
+    if value.numel() != 1:
+        raise ShapeMismatch(f"The temperature has the shape {tuple(value.shape)}; one number is needed.")
+    on_host = not isinstance(temperature, Tensor) or temperature.device.type == "cpu"
+    if (
+        on_host and not float(temperature.detach() if isinstance(temperature, Tensor) else temperature) > 0
+    ):  # a value on a device is not waited for
+        raise InvalidArgument(
+            f"temperature={float(temperature)!r}: a positive number is needed, in units of the distance. "
+            f"median_temperature(features) gives one that fits."
+        )
+    return 1 / value.reshape(())
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """Return rows of length 1; a row of zeros stays, which puts it at cosine distance 1 from everything."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    tiny = length < 1e-12
+    return torch.where(tiny, 0.0, x / torch.where(tiny, 1.0, length))
+
+
+def _pair_distances(x: Tensor, distance: str) -> Tensor:
+    if distance == "cosine":
+        unit = _unit_rows(x)
+        return 1 - unit @ unit.T
+    x = x - x.mean(0) if len(x) else x
+    lengths = torch.linalg.vecdot(x, x)
+    return torch.addmm(lengths[:, None] + lengths, x, x.T, alpha=-2).clamp_(min=0).fill_diagonal_(0)
+
+
+def _masks(classes: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return which pairs are positives and which are no neighbours at all, both `(B, B)`."""
+    out = torch.eye(len(classes), dtype=torch.bool, device=classes.device)
+    same = classes[:, None] == classes[None]
+    if keep is not None:
+        out = out | ~keep
+        same = same & keep[:, None]
+    return same & ~out, out
+
+
+def _median(distances: Tensor) -> Tensor:
+    """Return the median of a matrix of distances without its zeros, 1 where there is nothing else."""
+    positive = distances[distances > 0]
+    return positive.median() if positive.numel() else distances.new_ones(())
