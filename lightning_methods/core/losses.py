@@ -252,6 +252,10 @@ class AuxiliaryLoss(Callback):
         """Tell several callbacks of one kind in one trainer apart, by their layers."""
         return self._generate_state_key(layers=self.taps.patterns, capture=self.taps.capture)
 
+    def see_labels(self, labels: Tensor) -> dict[str, Tensor | float]:
+        """Take in the labels of a step before its layers, and return what to log once; nothing by default."""
+        return {}
+
     # -- life in the trainer -----------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -302,6 +306,7 @@ class AuxiliaryLoss(Callback):
         factor = self._factor(step.module.global_step)
         labels = targets_of(step.batch, self.labels)
         layer_batches = self._layer_batches(self.taps.read(), labels)
+        self._log(step, self.see_labels(next(iter(layer_batches.values())).labels), labels)
         weighted: Tensor | None = None
         for layer, layer_batch in layer_batches.items():
             weight = factor * self._layer_weights[layer.split("#")[0]]

@@ -184,39 +184,49 @@ def median_temperature(features: Tensor, *, distance: Distance = "sqeuclidean") 
 def paper_temperature_step(
     features: Tensor,
     labels: Tensor,
-    t: float,
+    t: float | Tensor,
     *,
     initial_temperature: float = 100.0,
     learning_rate: float = 0.1,
     distance: Distance = "sqeuclidean",
-) -> float:
+    ignore_index: int | None = None,
+) -> Tensor:
     r"""Return the next `t` of the released code, whose temperature is `T = initial_temperature / t`.
 
     One gradient step per batch, :math:`t \leftarrow t - 0.1\, \partial l_{sn}(x, y, T_0/t) / \partial t`, from `t = 1`.
 
+    Shapes:
+        features `(B, ...)`, labels `(B,)`; returns a scalar in float64 without gradient.
+
     Args:
-        features: `(B, ...)`.
-        labels: `(B,)`.
+        features: one row per sample.
+        labels: class of each sample.
         t: the current value.
         initial_temperature: `T_0`, 100 in the paper.
         learning_rate: 0.1 in the released code.
         distance: squared Euclidean or `1 - cos`.
+        ignore_index: label of samples to leave out.
 
     Raises:
         InvalidArgument: if `t` is not positive.
 
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[0.0], [1.0], [3.0], [4.0]])
+        >>> bool(paper_temperature_step(x, torch.tensor([0, 0, 1, 1]), 1.0) > 1)
+        True
+
     Deviations from the paper: `t` is kept within `[1e-6, 1e6]`. The released code lets it become negative on features
     of large scale, which turns the loss into its opposite.
     """
-    if not t > 0:
-        raise InvalidArgument(f"t={t!r}: a positive number is needed.")
-    x, classes, keep = _prepared(features, labels, distance, None)
+    x, classes, keep = _prepared(features.detach(), labels, distance, ignore_index)
+    scale = torch.as_tensor(t, dtype=x.dtype, device=x.device).detach().requires_grad_()
     with torch.enable_grad():
-        scale = torch.tensor(t, dtype=x.dtype, device=x.device, requires_grad=True)
-        losses, valid = anchor_losses(x.detach(), classes, initial_temperature / scale, distance=distance, keep=keep)
+        losses, valid = anchor_losses(x, classes, initial_temperature / scale, distance=distance, keep=keep)
         (slope,) = torch.autograd.grad(losses.sum() / valid.sum().clamp(min=1), scale)
-    step = learning_rate * float(slope)
-    return min(max(t - step, 1e-6), 1e6) if math.isfinite(step) else t
+    # features that are not finite must not end up in the state
+    step = torch.nan_to_num(learning_rate * slope.double(), nan=0.0, posinf=0.0, neginf=0.0)
+    return (scale.detach().double() - step).clamp(1e-6, 1e6)
 
 
 def chance_level(labels: Tensor, *, ignore_index: int | None = None) -> Tensor:
@@ -244,9 +254,8 @@ def chance_level(labels: Tensor, *, ignore_index: int | None = None) -> Tensor:
         classes = classes[classes != ignore_index]
     _, counts = classes.unique(return_counts=True)
     counts = counts.double()
-    per_class = torch.log((len(classes) - 1) / (counts - 1).clamp(min=1))
-    weights = torch.where(counts > 1, counts, 0.0)
-    return (weights * per_class).sum() / weights.sum().clamp(min=1)
+    counts, total = counts[counts > 1], len(classes)
+    return (counts * torch.log((total - 1) / (counts - 1))).sum() / counts.sum().clamp(min=1)
 
 
 def class_entanglement(
@@ -322,8 +331,8 @@ def class_labels(labels: Tensor) -> Tensor:
         hard = ((labels == 0) | (labels == 1)).all() & (labels.sum(1) == 1).all()
         if not hard:
             raise InvalidArgument(
-                "The targets are soft or hold several labels per sample; one class per sample is needed. Give the labels "
-                "from before mixup, cutmix or smoothing, for instance with labels=."
+                "The targets are soft or hold several labels per sample; one class per sample is needed. Give the "
+                "labels from before mixup, cutmix or smoothing, for instance with labels=."
             )
         return labels.argmax(1)
     if labels.ndim != 1:
@@ -398,7 +407,7 @@ class _AnchorLosses(torch.autograd.Function):
                 grad_x = _pulled_back(gradient, upstream, x, bounds, cosine).mul_(beta if cosine else 2 * beta)
             else:
                 grad_x = torch.zeros_like(x)
-                for a, b in _blocks(x, *bounds, chunk_size):
+                for a, b in _blocks(x, bounds[0], bounds[1], chunk_size):
                     block = _Block(x, beta, classes, keep, (a, b), cosine)
                     own = slice(a - bounds[0], b - bounds[0])
                     grad_x += _pulled_back(block.score_gradient(), upstream[own], x, (a, b), cosine)
