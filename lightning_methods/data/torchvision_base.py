@@ -54,7 +54,10 @@ class TorchvisionDataModule(ImageDataModule):
         raise NotImplementedError
 
     def _pixels(self, source: Any, indices: NDArray[np.int64]) -> Tensor:
-        return torch.stack([self._decode(source[int(i)][0]) for i in indices])
+        pixels = torch.empty(len(indices), *self.image_shape, dtype=torch.uint8)
+        for place, i in enumerate(indices):
+            pixels[place] = self._decode(source[int(i)][0])
+        return pixels
 
     def _decode(self, image: Any) -> Tensor:
         functional = require("torchvision.transforms.functional", extra="vision", why=type(self).__name__)
