@@ -34,7 +34,8 @@ class ImageFolderDataModule(TorchvisionDataModule):
         val_fraction: share of the training images held out when there is no `root/val`. Default 0.1; 0 for none.
         seed: decides split and draw. Default 0.
         in_memory: whether to decode every image once into one uint8 tensor (for small sets). Default False.
-        device: where that tensor lies, as "cuda" for batches that are made on the GPU. Default None, main memory.
+        device: where that tensor lies, as "cuda" for batches that are made on the GPU (of each process). Default
+            None, main memory.
         num_workers: worker processes of every loader. Default 0; more help when images are decoded again and again.
         wrap_train: from the training dataset to the one that is trained on, as `NoisyLabels`. Default None.
 

@@ -31,7 +31,8 @@ class MNISTDataModule(DownloadableDataModule):
         val_fraction: share of the training images held out. Default 0.1, which leaves 54,000; 0 for none.
         seed: decides split and draw. Default 0.
         in_memory: whether to standardise whole batches of one uint8 tensor (fast) or image by image. Default True.
-        device: where that tensor lies, as "cuda" for batches that are made on the GPU. Default None, main memory.
+        device: where that tensor lies, as "cuda" for batches that are made on the GPU (of each process). Default
+            None, main memory.
         num_workers: worker processes of every loader. Default 0, the fastest with `in_memory`.
         wrap_train: from the training dataset to the one that is trained on, as `NoisyLabels`. Default None.
 

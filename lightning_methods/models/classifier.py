@@ -151,8 +151,8 @@ class Classifier(_OneFamily, LightningModule):
         return logits, batch[1]
 
     def _measure(self, stage: str, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        # the barebones Trainer never resets a metric, whose state would grow for nothing
-        if self.trainer.barebones:
+        # a step may be called without a Trainer, and the barebones one never resets a metric, whose state would grow
+        if self._trainer is None or self._trainer.barebones:
             return
         probabilities = logits.detach().float().softmax(dim=1)
         kept: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(targets), "prog_bar": True}
