@@ -1,6 +1,7 @@
 """Soft nearest neighbour loss: measure, maximise or minimise how entangled the classes are in any layer."""
 
 from lightning_methods.snnl.callback import SoftNearestNeighborLoss
+from lightning_methods.snnl.deep_knn import DeepKNN, NeighborScores
 from lightning_methods.snnl.functional import (
     chance_level,
     class_entanglement,
@@ -12,7 +13,9 @@ from lightning_methods.snnl.functional import (
 from lightning_methods.snnl.metric import Entanglement
 
 __all__ = [
+    "DeepKNN",
     "Entanglement",
+    "NeighborScores",
     "SoftNearestNeighborLoss",
     "chance_level",
     "class_entanglement",

@@ -38,7 +38,7 @@ _QUANTITIES = ("value", "normalized", "temperature")
 
 
 class SoftNearestNeighborLoss(AuxiliaryLoss):
-    r"""Add the soft nearest neighbour loss of chosen layers to that of an unchanged LightningModule, or only measure it.
+    r"""Add the soft nearest neighbour loss of chosen layers to that of an unchanged module, or only measure it.
 
     .. math:: \mathcal{L} = \mathcal{L}_{module}(x, y) + \sum_l \alpha_l\, l_{sn}(h_l(x), y, T_l)
         \qquad \text{(equation 3)}
