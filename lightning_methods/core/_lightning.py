@@ -7,7 +7,10 @@ nothing here or in the methods asks `isinstance` of a trainer or a module.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
+
+from lightning_methods.errors import UnsupportedTraining
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -32,9 +35,35 @@ __all__ = [
     "Callback",
     "LightningDataModule",
     "LightningModule",
+    "OneFamily",
     "Trainer",
     "pl",
     "rank_zero_info",
     "rank_zero_only",
     "rank_zero_warn",
 ]
+
+
+class OneFamily:
+    """A LightningModule of ours that says which import it needs when the other family's Trainer gets it.
+
+    A Trainer calls a module of the other family "not a LightningModule". Its question is an `isinstance`, which reads
+    `__class__`: the only place where a module can answer. Name it before `LightningModule` among the bases.
+    """
+
+    @property
+    def __class__(self) -> type:
+        asking = sys._getframe(1)
+        if asking.f_code.co_name == "_maybe_unwrap_optimized":
+            trainer = asking.f_globals["__name__"].rpartition(".utilities")[0]
+            ours = LightningModule.__module__.rpartition(".core")[0]
+            if trainer != ours:
+                raise UnsupportedTraining(
+                    f"{type(self).__name__} is a LightningModule of `{ours}` and was given to a Trainer of `{trainer}`."
+                    f" Import the Trainer with `from {ours} import Trainer`."
+                )
+        return type(self)
+
+    @__class__.setter
+    def __class__(self, cls: type) -> None:
+        object.__dict__["__class__"].__set__(self, cls)

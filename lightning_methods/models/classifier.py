@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,37 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from lightning_methods.core._lightning import LightningModule
-from lightning_methods.errors import BatchFormat, InvalidArgument, ShapeMismatch, UnsupportedTraining
+from lightning_methods.core._lightning import LightningModule, OneFamily
+from lightning_methods.errors import BatchFormat, InvalidArgument, ShapeMismatch
 
 
-class _OneFamily:
-    """A LightningModule that says which import it needs when the other family's Trainer gets it.
-
-    `lightning.pytorch` and `pytorch_lightning` are two copies of the same code, and a Trainer of one calls a module of
-    the other "not a LightningModule". Its question is an `isinstance`, which reads `__class__`: the only place where a
-    module can answer.
-    """
-
-    @property
-    def __class__(self) -> type:
-        asking = sys._getframe(1)
-        if asking.f_code.co_name == "_maybe_unwrap_optimized":
-            trainer = asking.f_globals["__name__"].rpartition(".utilities")[0]
-            ours = LightningModule.__module__.rpartition(".core")[0]
-            if trainer != ours:
-                raise UnsupportedTraining(
-                    f"{type(self).__name__} is a LightningModule of `{ours}` and was given to a Trainer of `{trainer}`."
-                    f" Import the Trainer with `from {ours} import Trainer`."
-                )
-        return type(self)
-
-    @__class__.setter
-    def __class__(self, cls: type) -> None:
-        object.__dict__["__class__"].__set__(self, cls)
-
-
-class Classifier(_OneFamily, LightningModule):
+class Classifier(OneFamily, LightningModule):
     """Train any network that gives logits with cross-entropy.
 
     Logs at the end of every epoch `train/loss`, `train/accuracy`, `val/loss`, `val/accuracy`, `val/ece` (expected
