@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 
 import lightning_methods
 from lightning_methods.errors import MissingDependency
@@ -43,6 +44,10 @@ def _import_all() -> dict[str, str]:
             if (error.name or "").partition(".")[0] not in _OPTIONAL:
                 raise
             skipped[name] = str(error)
+    # a class that the package itself shows is saved in configs by that shortest path, which never changes
+    for name, module in lightning_methods._EXPORTS.items():
+        if f"{lightning_methods.__name__}.{module}" in sys.modules:
+            getattr(lightning_methods, name, None)
     return skipped
 
 

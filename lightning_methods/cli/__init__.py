@@ -53,7 +53,8 @@ options:
   --version   the version
 
 example:
-  {PROGRAM} fit --model=Classifier --data=DigitsDataModule --trainer.callbacks=SoftNearestNeighborLoss
+  {PROGRAM} fit --model=Classifier --model.net=SmallConvNet --data=DigitsDataModule \\
+      --trainer.callbacks=SoftNearestNeighborLoss --trainer.max_epochs=5
 
 {DEBUG}=1 shows the traceback of an error.
 """

@@ -71,7 +71,7 @@ def _sentences(body: str, key: str) -> Iterator[str]:
             yield f"{path.rpartition('.')[2]} has no option {option['option']!r}. {close}"
         elif not _NOISE.search(text):
             text = _PLAIN_TYPE.sub(r"\1", text)
-            text = text[0].lower() + text[1:] if text.startswith("Expected ") else text
+            text = re.sub(r"^Expected (an? )?", "expected ", text)
             yield f"{path.rpartition('.')[2]}: {text}" if path else text
 
 

@@ -78,19 +78,24 @@ def list_techniques(argv: Sequence[str]) -> int:
     argparse.ArgumentParser(prog="lightning-methods list", description=description).parse_args(argv)
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("method", "technique", "class", "kind", "what it does", "paper"):
         table.add_column(header, no_wrap=header in {"method", "class", "kind"})
-    for card in read_cards():
+    cards = read_cards()
+    if not cards:
+        print(f"No technique is installed: there is no card under {PACKAGE}.")
+        return 0
+    for card in cards:
         first = (card.method, card.technique, card.paper)
         for name, (kind, line) in card.classes.items():
-            table.add_row(first[0], first[1], name, kind, line, first[2])
+            table.add_row(*map(escape, (first[0], first[1], name, kind, line, first[2])))
             first = ("", "", "")
         table.add_section()
     # a pipe has no width: let no cell be folded there
-    Console(width=None if sys.stdout.isatty() else 320, markup=False, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 320, highlight=False).print(table)
     return 0
 
 

@@ -211,6 +211,7 @@ def imports() -> Iterator[Finding]:
             out, err = process.communicate(timeout=_PATIENCE)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.communicate()
             yield Finding("fail", f"`import {name}` took more than {_PATIENCE} seconds", "try it by hand")
             continue
         if process.returncode:

@@ -57,7 +57,7 @@ class LoggerSaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file and tell the loggers; called by the base class on rank zero, once."""
         if self.write_file:
-            self._write(run_folder(trainer), stage)
+            self._write(run_folder(trainer), str(getattr(stage, "value", stage)))  # an enumeration of strings
         hyperparameters = flat_config(yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml")))
         for logger in trainer.loggers:
             attempt(logger, "configuration", partial(logger.log_hyperparams, hyperparameters))

@@ -161,13 +161,6 @@ def _told(owner: object) -> set[str]:
         return _WARNED.setdefault(type(owner), set())
 
 
-def _told(owner: object) -> set[str]:
-    try:
-        return _WARNED.setdefault(owner, set())
-    except TypeError:  # neither hashable nor weakly referenced: once for all of its class
-        return _WARNED.setdefault(type(owner), set())
-
-
 def _fan_out(trainer: Trainer, kind: str, key: str, step: int | None, show: _Show) -> list[Path]:
     if not key.strip("/ "):
         raise InvalidArgument(f"A {kind} needs a key such as 'method/what', got {key!r}.")
