@@ -81,18 +81,18 @@ def list_techniques(argv: Sequence[str]) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("method", "technique", "class", "kind", "what it does", "paper"):
-        table.add_column(header, no_wrap=header in {"method", "class", "kind"})
     cards = read_cards()
     if not cards:
         print(f"No technique is installed: there is no card under {PACKAGE}.")
         return 0
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header, whole in (("method and its classes", True), ("kind", True), ("what it does", False)):
+        table.add_column(header, no_wrap=whole)
     for card in cards:
-        first = (card.method, card.technique, card.paper)
+        # a row for the technique and its paper: a column for each would not fit a terminal of 80 characters
+        table.add_row(escape(card.method), "", escape(f"{card.technique}. {card.paper}"), style="bold")
         for name, (kind, line) in card.classes.items():
-            table.add_row(*map(escape, (first[0], first[1], name, kind, line, first[2])))
-            first = ("", "", "")
+            table.add_row(*map(escape, (f"  {name}", kind, line)))
         table.add_section()
     # a pipe has no width: let no cell be folded there
     Console(width=None if sys.stdout.isatty() else 320, highlight=False).print(table)
