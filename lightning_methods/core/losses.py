@@ -149,12 +149,16 @@ class LossHub:
     def __reduce__(self) -> tuple[Any, ...]:
         # deepcopy and pickle pass the module through their memo, so that a copy is bound to the copied module
         if isinstance(self.inner, types.MethodType):
-            return types.MethodType, (self.inner.__func__, self.module)
+            return _bound, (self.inner.__func__, self.module)
         return _identity, (self.inner,)
 
 
 def _identity(x: Any) -> Any:
     return x
+
+
+def _bound(function: Any, module: Any) -> Any:  # types.MethodType itself cannot be pickled
+    return types.MethodType(function, module)
 
 
 @dataclass(frozen=True)
@@ -189,14 +193,15 @@ class AuxiliaryLoss(Callback):
         gather: whether the rows of all ranks are joined (with gradient), so that DDP equals one process.
         every_n_steps: act in every n-th batch of an epoch only.
         log_on: log once per `"epoch"` (mean over its batches) or per `"step"`.
+        log_prefix: first part of every logged key; the method's own by default.
         select, pool, on_repeat, capture: how a layer's tensor is read, see `lightning_methods.core.taps.FeatureTaps`.
 
     Raises:
         InvalidArgument: for settings that cannot be read.
     """
 
-    #: first part of every logged key
-    prefix: ClassVar[str]
+    #: the method's name, first part of every logged key
+    method: ClassVar[str]
 
     def __init__(
         self,
@@ -209,6 +214,7 @@ class AuxiliaryLoss(Callback):
         gather: bool = True,
         every_n_steps: int = 1,
         log_on: Literal["epoch", "step"] = "epoch",
+        log_prefix: str | None = None,
         select: int | str | None = None,
         pool: Pool = "flatten",
         on_repeat: Literal["error", "last", "all"] = "error",
@@ -232,6 +238,7 @@ class AuxiliaryLoss(Callback):
         self.gather = gather
         self.every_n_steps = every_n_steps
         self.log_on = log_on
+        self.log_prefix = log_prefix or self.method
         self.is_probe = not any(weight.values()) if isinstance(weight, dict) else weight == 0
         self.taps = FeatureTaps(
             layers, select=select, pool=pool, on_repeat=on_repeat, capture=capture, detach=self.is_probe
@@ -249,8 +256,10 @@ class AuxiliaryLoss(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tell several callbacks of one kind in one trainer apart, by their layers."""
-        return self._generate_state_key(layers=self.taps.patterns, capture=self.taps.capture)
+        """Tell several callbacks of one kind in one trainer apart."""
+        return self._generate_state_key(
+            layers=self.taps.patterns, capture=self.taps.capture, log_prefix=self.log_prefix
+        )
 
     def see_labels(self, labels: Tensor) -> dict[str, Tensor | float]:
         """Take in the labels of a step before its layers, and return what to log once; nothing by default."""
@@ -264,6 +273,7 @@ class AuxiliaryLoss(Callback):
         self._module = pl_module
         try:
             self._layer_weights = self._weights_of(self.taps.attach(pl_module))
+            self._refuse_shared_keys(trainer)
         except Exception:
             self.release()
             raise
@@ -287,6 +297,7 @@ class AuxiliaryLoss(Callback):
         if self._module is not None:
             LossHub.leave(self._module, self)
             self._module = None
+        self._layer_weights = {}
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -343,6 +354,15 @@ class AuxiliaryLoss(Callback):
             return float(self.schedule(global_step))
         return min(1.0, (global_step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
 
+    def _refuse_shared_keys(self, trainer: Any) -> None:
+        for other in trainer.callbacks:
+            shared = set(getattr(other, "_layer_weights", ())) & set(self._layer_weights)
+            if other is not self and getattr(other, "log_prefix", None) == self.log_prefix and shared:
+                raise InvalidArgument(
+                    f"Two callbacks log {sorted(shared)} under {self.log_prefix!r}, where their numbers would mix. "
+                    f"Give one of them another log_prefix=."
+                )
+
     def _weights_of(self, names: list[str]) -> dict[str, float]:
         if not isinstance(self.weight, dict):
             return dict.fromkeys(names, float(self.weight))
@@ -360,7 +380,7 @@ class AuxiliaryLoss(Callback):
         on_step = self.log_on == "step"
         for key, value in values.items():
             step.module.log(
-                f"{self.prefix}/{key}",
+                f"{self.log_prefix}/{key}",
                 value,
                 on_step=on_step,
                 on_epoch=not on_step,

@@ -59,7 +59,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         weight: :math:`\alpha`, for all layers or by layer name or pattern.
         temperature: a number in units of the distance; `"median"` of the distances in the batch; `"paper"` (one
             gradient step a batch on one persistent value per layer, from 100); `"optimal"` (the minimum, equation 2, as
-            costly as some forty evaluations and hence for measuring).
+            costly as some forty evaluations, hence the default where all weights are 0).
         distance: squared Euclidean or `1 - cos`.
         ignore_index: label of samples to leave out.
         chunk_size: see `soft_nearest_neighbor_loss`, for batches above some 8,000.
@@ -71,6 +71,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
             without, each rank has the loss of its own rows, which is another statistic.
         every_n_steps: act in every n-th batch of an epoch only.
         log_on: log once per `"epoch"` (mean over its batches) or per `"step"`.
+        log_prefix: first part of every logged key, to tell two callbacks on one layer apart.
         select: item of a layer that returns a tuple or a dict.
         pool: `"flatten"`, `"gap"`, `"none"` or a function, see `lightning_methods.core.taps.FeatureTaps`.
         on_repeat: `"error"`, `"last"` or `"all"` for a layer that runs several times in a step.
@@ -90,7 +91,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
     positive; samples without another one of their class do not count.
     """
 
-    prefix: ClassVar[str] = "snnl"
+    method: ClassVar[str] = "snnl"
 
     def __init__(
         self,
@@ -109,6 +110,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         gather: bool = True,
         every_n_steps: int = 1,
         log_on: Literal["epoch", "step"] = "epoch",
+        log_prefix: str = "snnl",
         select: int | str | None = None,
         pool: Pool = "flatten",
         on_repeat: Literal["error", "last", "all"] = "error",
@@ -117,7 +119,9 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         check_choice("preset", preset, PRESETS)
         check_choice("distance", distance, ("sqeuclidean", "cosine"))
         weight = PRESETS[preset][0] if weight is None else weight
-        temperature = PRESETS[preset][1] if temperature is None else temperature
+        if temperature is None:
+            # what is only measured should not depend on the scale of the features
+            temperature = PRESETS[preset][1] if _has_effect(weight) else "optimal"
         if isinstance(temperature, str):
             check_choice("temperature", temperature, ("median", "optimal", "paper"))
         elif not temperature > 0:
@@ -137,6 +141,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
             gather=gather,
             every_n_steps=every_n_steps,
             log_on=log_on,
+            log_prefix=log_prefix,
             select=select,
             pool=pool,
             on_repeat=on_repeat,
@@ -190,7 +195,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
             "normalized": term.detach() / self._chance.clamp(min=1e-12).to(term.dtype),
             "temperature": torch.as_tensor(temperature, dtype=torch.float32, device=term.device),
         }
-        self._remember(layer, batch, temperature, quantities)
+        self._remember(layer, batch, quantities)
         return term, quantities
 
     def _temperature_of(self, layer: str, batch: LayerBatch) -> float | Tensor:
@@ -217,9 +222,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         return self.temperature
 
     @torch.no_grad()
-    def _remember(
-        self, layer: str, batch: LayerBatch, temperature: float | Tensor, quantities: dict[str, Tensor | float]
-    ) -> None:
+    def _remember(self, layer: str, batch: LayerBatch, quantities: dict[str, Tensor | float]) -> None:
         sums = self._sums.setdefault(layer, {})
         for name, value in {**quantities, "steps": 1.0}.items():
             value = torch.as_tensor(value, dtype=torch.float64, device=batch.features.device)
@@ -230,11 +233,13 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         self._pair_batches[layer] = seen + 1
         kept = slice(None) if self._keep is None else self._keep
         classes, rows = self._classes[kept], batch.features[kept]
-        if not len(classes) or int(classes.min()) < 0:
+        if len(classes) < 2 or int(classes.min()) < 0:
             return
         before = self.class_pairs.get(layer, torch.zeros(0, 0, dtype=torch.float64)) if seen else torch.zeros(0, 0)
         size = max(int(classes.max()) + 1, len(before))
         # sums of rows, divided when drawn: a class may be absent from a batch
+        # at the temperature that tells the classes apart best, whatever the term uses
+        temperature, _ = optimal_temperature(rows, classes, distance=self.distance)
         pairs = class_entanglement(rows, classes, temperature, distance=self.distance, num_classes=size).cpu()
         pairs[: len(before), : len(before)] += before
         self.class_pairs[layer] = pairs
@@ -278,13 +283,13 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         matrix = [[float("nan")] * (epochs - len(values)) + values for values in normalized.values()]
         written = log_figure(
             trainer,
-            "snnl/layers_by_epoch",
+            f"{self.log_prefix}/layers_by_epoch",
             heatmap(
                 matrix,
                 layers,
                 range(epochs),
                 title="Entanglement of the classes in each layer",
-                value_label="soft nearest neighbour loss / chance",
+                value_label="loss / chance",
                 x_label="epoch",
                 diverging=1.0,
             ),
@@ -292,7 +297,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         series = {layer: (list(range(epochs - len(v), epochs)), v) for layer, v in normalized.items()}
         written += log_figure(
             trainer,
-            "snnl/curves",
+            f"{self.log_prefix}/curves",
             curves(
                 series,
                 title="Entanglement of the classes in each layer",
@@ -310,15 +315,14 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
                 x_label="class of the neighbours",
                 y_label="class of the sample",
                 vmin=0.0,
-                vmax=1.0,
             )
-            written += log_figure(trainer, f"snnl/class_pairs/{layer}", figure)
+            written += log_figure(trainer, f"{self.log_prefix}/class_pairs/{layer}", figure)
         rows = [
             [layer, *(self.history[layer][quantity][i] for quantity in _QUANTITIES for i in (0, -1))]
             for layer in layers
         ]
         columns = ["layer", *(f"{quantity}, {when} epoch" for quantity in _QUANTITIES for when in ("first", "last"))]
-        written += log_table(trainer, "snnl/layers", columns, rows)
+        written += log_table(trainer, f"{self.log_prefix}/layers", columns, rows)
         self.figure_paths = written
 
     def state_dict(self) -> dict[str, Any]:
@@ -338,3 +342,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         self._sums = state_dict["sums"]
         self.class_pairs = state_dict["class_pairs"]
         self._pair_batches = state_dict["pair_batches"]
+
+
+def _has_effect(weight: float | dict[str, float]) -> bool:
+    return any(weight.values()) if isinstance(weight, dict) else weight != 0

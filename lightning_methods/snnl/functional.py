@@ -453,7 +453,7 @@ class _Block:
 
 def _log_sum_exp(scores: Tensor, softmax: Tensor) -> Tensor:
     """Return `log sum exp` of each row from its softmax: exact where sums underflow, without another exponential."""
-    return scores.amax(1) - softmax.amax(1).log()
+    return scores.amax(-1) - softmax.amax(-1).log()
 
 
 def _scores(x: Tensor, beta: Tensor, bounds: tuple[int, int], cosine: bool) -> Tensor:
@@ -520,7 +520,7 @@ class _TemperatureSearch:
         distances, positive, out = distances[valid], positive[valid], out[valid]
         self.scale = float(_median(distances)) if self.rows else 1.0
         self.tolerance = math.sqrt(torch.finfo(distances.dtype).eps)  # nearer, a minimum is flat to rounding
-        self.distances = distances
+        self.distances, self.squares = distances, distances**2
         zeros = torch.zeros_like(distances)
         self.not_neighbour = zeros.masked_fill(out, -math.inf)
         self.not_positive = zeros.masked_fill(~positive, -math.inf)
@@ -531,17 +531,22 @@ class _TemperatureSearch:
         infinite = zero + math.inf
         if not self.rows:
             return infinite, zero
-        lo, hi = self.decades
-        betas = [10 ** (lo + (hi - lo) * i / (self.grid - 1)) / self.scale for i in range(self.grid)]
-        losses = [float(self.moments(beta, order=0)[0]) for beta in betas]
-        chance = float(self.moments(0.0, order=0)[0])
-        best = min(range(self.grid), key=losses.__getitem__)
-        if not losses[best] < chance:
-            return infinite, zero + chance
-        beta, loss = self.refined(betas[max(best - 1, 0)], betas[best], betas[min(best + 1, self.grid - 1)])
+        betas = torch.logspace(*self.decades, self.grid, dtype=torch.float64).tolist()
+        betas = [0.0, *(beta / self.scale for beta in betas)]
+        losses = self.losses(betas)
+        best = min(range(1, len(betas)), key=losses.__getitem__)
+        if not losses[best] < losses[0]:  # the chance level
+            return infinite, zero + losses[0]
+        beta, loss = self.refined(betas[max(best - 1, 1)], betas[best], betas[min(best + 1, self.grid)])
         if loss > losses[best]:
             beta, loss = betas[best], losses[best]
         return zero + 1 / beta, zero + loss
+
+    def losses(self, betas: list[float]) -> list[float]:
+        """Return the loss at many inverse temperatures, so many at a time as memory and cache want."""
+        together = max(1, _CACHED_ELEMENTS // 8 // max(self.distances.numel(), 1))
+        steps = self.distances.new_tensor(betas).split(together)
+        return torch.cat([self.loss(self.distances * -some[:, None, None])[0] for some in steps]).tolist()
 
     def refined(self, low: float, beta: float, high: float) -> tuple[float, float]:
         """Return the minimum between two grid points: Newton in log(beta), bisection where it leaves the bracket."""
@@ -549,7 +554,7 @@ class _TemperatureSearch:
         loss = math.inf
         for _ in range(self.newton_steps):
             beta = math.exp(u)
-            value, slope, curvature = (float(m) for m in self.moments(beta, order=2))
+            value, slope, curvature = self.moments(beta)
             loss = value
             first, second = beta * slope, beta * slope + beta * beta * curvature
             low, high = (u, high) if first < 0 else (low, u)
@@ -560,19 +565,21 @@ class _TemperatureSearch:
             u = new
         return math.exp(u), loss
 
-    def moments(self, beta: float, *, order: int) -> tuple[Tensor, ...]:
-        """Return the loss, and its first two derivatives by beta from the moments of the distance under p and q."""
-        scores = self.distances * -beta
-        everything, own = scores + self.not_neighbour, scores + self.not_positive
-        p, q = everything.softmax(1), own.softmax(1)
-        loss = (_log_sum_exp(everything, p) - _log_sum_exp(own, q)).double().mean()
-        if order == 0:
-            return (loss,)
+    def moments(self, beta: float) -> tuple[float, float, float]:
+        """Return the loss and its first two derivatives by beta, from the moments of the distance under p and q."""
+        loss, p, q = self.loss(self.distances * -beta)
         mean_p, mean_q = ((w * self.distances).sum(1) for w in (p, q))
-        square_p, square_q = ((w * self.distances**2).sum(1) for w in (p, q))
+        square_p, square_q = ((w * self.squares).sum(1) for w in (p, q))
         slope = (mean_q - mean_p).double().mean()
         curvature = ((square_p - mean_p**2) - (square_q - mean_q**2)).double().mean()
-        return loss, slope, curvature
+        value, first, second = torch.stack([loss, slope, curvature]).tolist()
+        return value, first, second
+
+    def loss(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mean loss of scores `(..., rows, B)` and the two softmaxes in it."""
+        everything, own = scores + self.not_neighbour, scores + self.not_positive
+        p, q = everything.softmax(-1), own.softmax(-1)
+        return (_log_sum_exp(everything, p) - _log_sum_exp(own, q)).double().mean(-1), p, q
 
 
 # -- preparation -------------------------------------------------------------------------------------------------------
