@@ -17,7 +17,7 @@ from lightning_methods.errors import MissingDependency
 
 # the rooms of the house; any other package in it is a technique, and deleting its folder deletes it from here too
 _ROOMS = {"cli", "core", "data", "models", "report"}
-_BESIDE_TECHNIQUES = ("data", "models", "cli.save_config")
+_BESIDE_TECHNIQUES = ("data", "models")
 # what an extra brings; the import name of each
 _OPTIONAL = {"PIL", "pandas", "sklearn", "torch_geometric", "torchvision", "wandb"}
 

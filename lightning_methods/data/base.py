@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -118,11 +119,13 @@ class ImageDataModule(LightningDataModule):
         """Return the loader of the test part, in its order."""
         return self._loader(self.test_dataset, "predict")
 
+    @abstractmethod
     def _load_fit(self) -> tuple[Images, Images | None]:
-        raise NotImplementedError
+        """Return the training and the validation part."""
 
+    @abstractmethod
     def _load_test(self) -> Images:
-        raise NotImplementedError
+        """Return the test part."""
 
     def _fit_parts(self) -> tuple[Images, Images | None]:
         if self._parts is None:

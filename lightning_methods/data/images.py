@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -116,9 +117,9 @@ class Images(Dataset):
     def __init__(self, targets: Tensor) -> None:
         self.targets = targets
 
+    @abstractmethod
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """Return the images at `indices` as (B, C, H, W) uint8."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.targets)

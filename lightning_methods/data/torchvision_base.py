@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -49,9 +50,9 @@ class TorchvisionDataModule(ImageDataModule):
         self.train_size = train_size
         self._device = device
 
+    @abstractmethod
     def _open(self, part: Part) -> Any:
         """Return the torchvision dataset of `part`, or None where there is no validation part of its own."""
-        raise NotImplementedError
 
     def _pixels(self, source: Any, indices: NDArray[np.int64]) -> Tensor:
         pixels = torch.empty(len(indices), *self.image_shape, dtype=torch.uint8)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ast
-import gzip
-import pickle
-import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from lightning_methods.data import (
 from lightning_methods.data.images import ImageTensors, Preprocess, TensorBatch
 from lightning_methods.errors import InvalidArgument, MissingDependency
 from lightning_methods.models import Classifier
+from tests.support.datasets import write_cifar10, write_mnist
 
 # the runner's own arguments, and no `seed_everything` in the YAML
 pytestmark = [
@@ -189,19 +187,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 @pytest.fixture(scope="module")
 def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("mnist")
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for name, n in (("train", 200), ("t10k", 30)):
-        pixels = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        labels = (np.arange(n) % 10).astype(np.uint8)
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, n, 28, 28) + pixels.tobytes())
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + labels.tobytes())
-        for kind in ("images-idx3", "labels-idx1"):
-            # torchvision asks for the archives only when it downloads
-            (raw / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(b""))
-    return root
+    return write_mnist(tmp_path_factory.mktemp("mnist"))
 
 
 def test_mnist_parts_and_published_statistics(mnist_root: Path) -> None:
@@ -272,13 +258,7 @@ def test_train_size_beyond_what_is_left(mnist_root: Path) -> None:
 
 @pytest.fixture
 def cifar_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
-        entry = {"data": rng.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]}
-        (folder / name).write_bytes(pickle.dumps(entry))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
+    write_cifar10(tmp_path)
     monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
     return tmp_path
