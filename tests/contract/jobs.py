@@ -1,0 +1,85 @@
+"""What the contract runs in processes of its own: all recipes in one, since starting a process takes longest."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
+
+from lightning_methods.errors import LightningMethodsError
+from tests.contract.recipes import RECIPES, Recipe
+from tests.contract.training import train
+from tests.support.training import BATCH, Settings, leave_undrawn, made_data
+
+RANKS = 2
+# joined batches of 16, 16 and 16 rows, or the last one of 8 + 4
+SAMPLES = {"equal": 3 * RANKS * BATCH, "unequal": 2 * RANKS * BATCH + BATCH + BATCH // 2}
+
+
+def distributed() -> dict[str, Any]:
+    """Train every recipe with DDP; every process runs this."""
+    return {
+        f"{r.name} {k}": _outcome(lambda r=r, k=k: _train_with_ddp(r, SAMPLES[k])) for r in RECIPES for k in SAMPLES
+    }
+
+
+def foreign() -> dict[str, Any]:
+    """Train every recipe and its reference with the Lightning that the environment names."""
+    return {recipe.name: _outcome(lambda recipe=recipe: _train_twice(recipe)) for recipe in RECIPES}
+
+
+def single(recipe: Recipe, folder: Path, samples: int) -> Any:
+    """Train the recipe in one process on the joined batches."""
+    data = DataLoader(made_data(samples), batch_size=RANKS * BATCH)
+    return train(recipe, folder, settings=Settings(divisor=RANKS * BATCH), data=data)
+
+
+def shown_by(run: Any) -> dict[str, float]:
+    """Return the logged scalars of the last epoch."""
+    return {key: float(value) for key, value in run.trainer.callback_metrics.items()}
+
+
+def _outcome(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    Figure.savefig = leave_undrawn
+    try:
+        return job()
+    except LightningMethodsError as error:  # raised again, where the recipe expects it
+        return {"error": type(error).__name__, "message": str(error)}
+
+
+def _train_with_ddp(recipe: Recipe, samples: int) -> dict[str, Any]:
+    settings = {"strategy": "ddp", "devices": RANKS, "use_distributed_sampler": False}
+    with tempfile.TemporaryDirectory() as folder:
+        run = train(recipe, Path(folder), settings=Settings(divisor=BATCH), data=_Shards(samples), **settings)
+    states = [callback.state_dict() for callback in run.trainer.callbacks[: len(recipe.callbacks())]]
+    return {"module": dict(run.module.state_dict()), "states": states, "shown": shown_by(run)}
+
+
+class _Shards:
+    """The rows of this rank of every joined batch; lazily, since the rank is known when the fit has begun."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return -(-self.samples // (RANKS * BATCH))
+
+    def __iter__(self) -> Any:
+        first = range(0, self.samples, RANKS * BATCH)
+        x, y = made_data(self.samples).tensors
+        for start in (i + dist.get_rank() * BATCH for i in first):
+            yield x[start : start + BATCH], y[start : start + BATCH]
+
+
+def _train_twice(recipe: Recipe) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        ours, reference = train(recipe, Path(folder)), train(recipe, Path(folder), reference=True)
+    ours.assert_equal(reference, exactly=recipe.probe)
+    if recipe.callbacks():
+        assert "training_step" not in vars(ours.module)
+    return {"trainer": type(ours.trainer).__module__, "difference": ours.difference(reference)}

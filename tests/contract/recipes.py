@@ -1,0 +1,157 @@
+"""The registry of the contract: add one recipe here, and a method goes through every case of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_methods.errors import UnsupportedTraining
+from lightning_methods.snnl import Entanglement, SoftNearestNeighborLoss
+from lightning_methods.snnl.functional import (
+    median_temperature,
+    paper_temperature_step,
+    soft_nearest_neighbor_loss,
+)
+from tests.support.training import Settings, TinyModule
+
+Module = Callable[[Settings], TinyModule]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to use a method, and what is to be expected of it.
+
+    Attributes:
+        name: id in the tests.
+        method: folder of the method.
+        row: row of the compatibility matrix; recipes of one row share it.
+        callbacks: builds what goes into the Trainer's callback list.
+        module: builds the module that is trained.
+        reference: builds the module that, trained without the callbacks, must end equal: the term written by hand into
+            its own `training_step`, or the plain module for a probe. `None` where a method has no such form: then two
+            runs of the recipe must agree.
+        probe: whether nothing at all may change: equal bit for bit, random numbers included.
+        refused: group of cases -> the error that must be raised there.
+        scalars, figures, tables: keys that must reach the loggers.
+        local: whether under DDP it shows numbers of each rank's own rows, not those of the joined batch.
+    """
+
+    name: str
+    method: str
+    row: str
+    callbacks: Callable[[], list[Any]] = list
+    module: Module = TinyModule
+    reference: Module | None = TinyModule
+    probe: bool = False
+    refused: Mapping[str, type[Exception]] = field(default_factory=dict)
+    scalars: tuple[str, ...] = ()
+    figures: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    local: bool = False
+
+
+# -- soft nearest neighbour loss: the forms written by hand ------------------------------------------------------------
+
+
+class SafeByHand(TinyModule):
+    """The default preset on both hidden layers."""
+
+    def total_loss(self, layers: dict[str, Tensor], y: Tensor) -> Tensor:
+        terms = []
+        for name in ("first", "second"):
+            h = layers[name]
+            terms.append(-0.03 * soft_nearest_neighbor_loss(h, y, median_temperature(h)))
+        return self.own_loss(layers["head"], y) + (terms[0] + terms[1])
+
+
+class PaperByHand(TinyModule):
+    """The paper's temperature, one step a batch, on the second layer."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.t: float | Tensor = 1.0
+
+    def total_loss(self, layers: dict[str, Tensor], y: Tensor) -> Tensor:
+        h = layers["second"]
+        self.t = paper_temperature_step(h, y, self.t)
+        return self.own_loss(layers["head"], y) + PAPER_WEIGHT * soft_nearest_neighbor_loss(h, y, 100.0 / self.t)
+
+
+class MeasuredModule(TinyModule):
+    """A module that logs the entanglement of its second layer in validation and training."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.entanglement = Entanglement()
+
+    def total_loss(self, layers: dict[str, Tensor], y: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.entanglement(layers["second"], y)
+            if not self.trainer.barebones:
+                self.log(
+                    "entanglement",
+                    self.entanglement,
+                    on_step=False,
+                    on_epoch=True,
+                    batch_size=len(y),
+                    metric_attribute="entanglement",
+                )
+        return super().total_loss(layers, y)
+
+
+PAPER_WEIGHT = -0.1  # -10 is meant for wide convolutional layers
+
+_SNNL_REFUSED = {"manual": UnsupportedTraining}
+
+RECIPES = [
+    Recipe(
+        "snnl-safe",
+        "snnl",
+        "SoftNearestNeighborLoss",
+        callbacks=lambda: [SoftNearestNeighborLoss(["first", "second"])],
+        reference=SafeByHand,
+        refused=_SNNL_REFUSED,
+        scalars=("snnl/value/second", "snnl/normalized/first", "snnl/loss", "snnl/total_loss", "snnl/valid_fraction"),
+        figures=("snnl/layers_by_epoch", "snnl/curves", "snnl/class_pairs/second"),
+        tables=("snnl/layers",),
+    ),
+    Recipe(
+        "snnl-paper",
+        "snnl",
+        "SoftNearestNeighborLoss",
+        callbacks=lambda: [
+            SoftNearestNeighborLoss(
+                "second", preset="paper", weight=PAPER_WEIGHT, temperature="paper", log_prefix="paper"
+            )
+        ],
+        reference=PaperByHand,
+        refused=_SNNL_REFUSED,
+        scalars=("paper/temperature/second", "paper/loss"),
+        figures=("paper/layers_by_epoch", "paper/curves", "paper/class_pairs/second"),
+        tables=("paper/layers",),
+    ),
+    Recipe(
+        "snnl-probe",
+        "snnl",
+        "SoftNearestNeighborLoss, weight 0",
+        callbacks=lambda: [SoftNearestNeighborLoss(["first", "second", "head"], weight=0, log_prefix="probe")],
+        probe=True,
+        refused=_SNNL_REFUSED,
+        scalars=("probe/value/head", "probe/normalized/second"),
+        figures=("probe/layers_by_epoch", "probe/class_pairs/head"),
+        tables=("probe/layers",),
+    ),
+    Recipe(
+        "entanglement",
+        "snnl",
+        "Entanglement",
+        module=MeasuredModule,
+        probe=True,
+        scalars=("entanglement",),
+        local=True,
+    ),
+]
