@@ -315,9 +315,10 @@ class AuxiliaryLoss(Callback):
         if step.batch_idx % self.every_n_steps:
             return None
         factor = self._factor(step.module.global_step)
-        labels = targets_of(step.batch, self.labels)
-        layer_batches = self._layer_batches(self.taps.read(), labels)
-        self._log(step, self.see_labels(next(iter(layer_batches.values())).labels), labels)
+        layer_batches = self._layer_batches(self.taps.read(), targets_of(step.batch, self.labels))
+        # of all ranks: a global value counts the same on each of them, also where their batches are unequal
+        labels = next(iter(layer_batches.values())).labels
+        self._log(step, self.see_labels(labels), labels)
         weighted: Tensor | None = None
         for layer, layer_batch in layer_batches.items():
             weight = factor * self._layer_weights[layer.split("#")[0]]
