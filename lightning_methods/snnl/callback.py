@@ -291,7 +291,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
                 title="Entanglement of the classes in each layer",
                 value_label="loss / chance",
                 x_label="epoch",
-                diverging=1.0,
+                vmin=0.0,
             ),
         )
         series = {layer: (list(range(epochs - len(v), epochs)), v) for layer, v in normalized.items()}
