@@ -19,9 +19,10 @@ from lightning_methods.report import curves, heatmap, log_figure, log_table
 from lightning_methods.snnl.functional import (
     Distance,
     anchor_losses,
-    chance_level,
+    anchors_and_chance,
     class_entanglement,
     class_labels,
+    feature_rows,
     median_temperature,
     optimal_temperature,
     paper_temperature_step,
@@ -33,7 +34,8 @@ Temperature = float | Literal["median", "optimal", "paper"]
 PRESETS: dict[str, tuple[float, Temperature]] = {"safe": (-0.03, "median"), "paper": (-10.0, 100.0)}
 
 _PAPER_INITIAL_TEMPERATURE = 100.0
-_CLASS_PAIR_BATCHES = 10  # per epoch, for the class-pair matrix
+# for the class-pair matrix: batches of an epoch, samples of a batch, and the most classes that make a picture
+_CLASS_PAIR_BATCHES, _CLASS_PAIR_ROWS, _CLASS_PAIR_CLASSES = 10, 512, 1000
 _QUANTITIES = ("value", "normalized", "temperature")
 
 
@@ -170,17 +172,15 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         """Prepare what all layers share: classes, which samples count, and the chance level."""
         self._classes = class_labels(labels)
         self._keep = None if self.ignore_index is None else self._classes != self.ignore_index
-        self._chance = chance_level(self._classes, ignore_index=self.ignore_index)
-        kept = self._classes if self._keep is None else self._classes[self._keep]
-        counts = kept.unique(return_counts=True)[1]
-        self._anchors = counts[counts > 1].sum()
+        self._anchors, self._chance = anchors_and_chance(self._classes, self.ignore_index)
         return {"valid_fraction": self._anchors / max(len(self._classes), 1)}
 
     def layer_term(self, layer: str, batch: LayerBatch, step: TrainingStep) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return this rank's share of the layer's loss, and the layer's value, normalised value and temperature."""
-        temperature = self._temperature_of(layer, batch)
+        features = feature_rows(batch.features)
+        temperature = self._temperature_of(layer, features.detach())
         losses, _ = anchor_losses(
-            batch.features,
+            features,
             self._classes,
             temperature,
             distance=self.distance,
@@ -189,20 +189,19 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
             chunk_size=self.chunk_size,
         )
         # DDP averages over the ranks: each returns ranks / M of its own anchors' sum
-        term = losses.sum() * (batch.ranks / self._anchors.double().clamp(min=1)).to(losses.dtype)
+        term = losses.sum() * batch.ranks / self._anchors.clamp(min=1)
         quantities: dict[str, Tensor | float] = {
             "value": term.detach(),
             "normalized": term.detach() / self._chance.clamp(min=1e-12).to(term.dtype),
             "temperature": torch.as_tensor(temperature, dtype=torch.float32, device=term.device),
         }
-        self._remember(layer, batch, quantities)
+        self._remember(layer, features.detach(), quantities)
         return term, quantities
 
-    def _temperature_of(self, layer: str, batch: LayerBatch) -> float | Tensor:
+    def _temperature_of(self, layer: str, features: Tensor) -> float | Tensor:
         """Return the temperature from the rows of all ranks, hence the same one on every rank."""
-        features = batch.features.detach()
         if self.temperature == "median":
-            return median_temperature(features, distance=self.distance)
+            return median_temperature(features if self._keep is None else features[self._keep], distance=self.distance)
         if self.temperature == "optimal":
             return optimal_temperature(features, self._classes, distance=self.distance, ignore_index=self.ignore_index)[
                 0
@@ -216,31 +215,42 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
                 initial_temperature=_PAPER_INITIAL_TEMPERATURE,
                 distance=self.distance,
                 ignore_index=self.ignore_index,
+                chunk_size=self.chunk_size,
             )
             self._inverse[layer] = t
             return _PAPER_INITIAL_TEMPERATURE / t
         return self.temperature
 
     @torch.no_grad()
-    def _remember(self, layer: str, batch: LayerBatch, quantities: dict[str, Tensor | float]) -> None:
+    def _remember(self, layer: str, features: Tensor, quantities: dict[str, Tensor | float]) -> None:
         sums = self._sums.setdefault(layer, {})
         for name, value in {**quantities, "steps": 1.0}.items():
-            value = torch.as_tensor(value, dtype=torch.float64, device=batch.features.device)
+            value = torch.as_tensor(value, dtype=torch.float64, device=features.device)
             sums[name] = sums[name].to(value.device) + value if name in sums else value
         seen = self._pair_batches.get(layer, 0)
-        if seen >= _CLASS_PAIR_BATCHES:
+        if seen < _CLASS_PAIR_BATCHES:
+            if not seen:
+                self.class_pairs.pop(layer, None)  # that of the epoch before
+            self._pair_batches[layer] = seen + 1
+            self._add_class_pairs(layer, features, seed=seen)
+
+    def _add_class_pairs(self, layer: str, rows: Tensor, seed: int) -> None:
+        classes = self._classes
+        if self._keep is not None:
+            classes, rows = classes[self._keep], rows[self._keep]
+        if len(classes) > _CLASS_PAIR_ROWS:
+            # drawn with random numbers of its own: every so-manieth row could miss a class
+            generator = torch.Generator().manual_seed(seed)
+            chosen = torch.randperm(len(classes), generator=generator)[:_CLASS_PAIR_ROWS].to(classes.device)
+            classes, rows = classes[chosen], rows[chosen]
+        if len(classes) < 2 or int(classes.min()) < 0 or int(classes.max()) >= _CLASS_PAIR_CLASSES:
             return
-        self._pair_batches[layer] = seen + 1
-        kept = slice(None) if self._keep is None else self._keep
-        classes, rows = self._classes[kept], batch.features[kept]
-        if len(classes) < 2 or int(classes.min()) < 0:
-            return
-        before = self.class_pairs.get(layer, torch.zeros(0, 0, dtype=torch.float64)) if seen else torch.zeros(0, 0)
-        size = max(int(classes.max()) + 1, len(before))
-        # sums of rows, divided when drawn: a class may be absent from a batch
+        before = self.class_pairs.get(layer, torch.zeros(0, 0))
         # at the temperature that tells the classes apart best, whatever the term uses
         temperature, _ = optimal_temperature(rows, classes, distance=self.distance)
+        size = max(int(classes.max()) + 1, len(before))
         pairs = class_entanglement(rows, classes, temperature, distance=self.distance, num_classes=size).cpu()
+        # sums of rows, divided when drawn: a class may be absent from a batch
         pairs[: len(before), : len(before)] += before
         self.class_pairs[layer] = pairs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -179,18 +180,22 @@ class DeepKNN(Callback):
             )
         self._banks = {}
         kept: dict[int, int] = {}
-        for features, _, targets in self._features(trainer, pl_module, self.train, "the training data", labelled=True):
-            wanted = self._within_quota(targets, kept)
-            for layer, x in features.items():
-                self._banks.setdefault(layer, _Bank(self.distance)).add(x[wanted], targets[wanted])
+        with self._features(trainer, pl_module, self.train, "the training data", labelled=True) as passed:
+            for features, _, targets in passed:
+                wanted = self._within_quota(targets, kept)
+                for layer, x in features.items():
+                    self._banks.setdefault(layer, _Bank(self.distance)).add(x[wanted], targets[wanted])
         held = sum(kept.values())
         if held < self.k:
             raise InvalidArgument(
                 f"k={self.k} neighbours are wanted of {held} training samples. Lower k, or raise max_per_class or "
                 f"limit_train_batches."
             )
-        passed = self._features(trainer, pl_module, self.calibration, "the calibration data", labelled=True)
-        own = [self._nonconformity(features)[0].gather(1, targets[:, None])[:, 0] for features, _, targets in passed]
+        with self._features(trainer, pl_module, self.calibration, "the calibration data", labelled=True) as passed:
+            own = [
+                self._nonconformity(features, int(targets.max()) + 1)[0].gather(1, targets[:, None])[:, 0]
+                for features, _, targets in passed
+            ]
         if not own:
             raise InvalidArgument(
                 "The calibration data hold no batch. Pass calibration= a dataloader of labelled samples."
@@ -227,24 +232,39 @@ class DeepKNN(Callback):
             )
         return features, logits.float()
 
+    @contextmanager
     def _features(
         self, trainer: Any, pl_module: Any, loader: Any, what: str, *, labelled: bool
-    ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
-        """Yield features, logits and targets (the row numbers where there are no labels) of each batch of a loader."""
-        self.taps.attach(pl_module)
-        try:
-            for batch in batches(trainer, pl_module, loader, description=f"DeepKNN: {what}"):
+    ) -> Iterator[Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]]:
+        """Give features, logits and targets (the row numbers where there are no labels) of each batch of a loader.
+
+        At the end, also after an exception, the module is as it was.
+        """
+
+        def passed(found: Iterator[Any]) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+            for batch in found:
                 features, logits = self._forward(pl_module, inputs_of(batch, self.inputs))
                 targets = class_labels(targets_of(batch, self.labels)) if labelled else torch.arange(len(logits))
+                if len(targets) and int(targets.min()) < 0:
+                    raise InvalidArgument(
+                        f"A label in {what} is {int(targets.min())}; classes from 0 are needed. Leave out samples "
+                        f"without a class, with train= and calibration= dataloaders of your own."
+                    )
                 yield features, logits, targets.to(logits.device)
+
+        self.taps.attach(pl_module)
+        found: Any = batches(trainer, pl_module, loader, description=f"DeepKNN: {what}")
+        try:
+            with closing(found):
+                yield passed(found)
         finally:
             self.taps.detach()
 
     def _scored(
         self, trainer: Any, pl_module: Any, loader: Any, what: str, *, labelled: bool
     ) -> tuple[NeighborScores, Tensor]:
-        passed = self._features(trainer, pl_module, loader, what, labelled=labelled)
-        scored = [(self._scores(features, logits), targets.cpu()) for features, logits, targets in passed]
+        with self._features(trainer, pl_module, loader, what, labelled=labelled) as passed:
+            scored = [(self._scores(features, logits), targets.cpu()) for features, logits, targets in passed]
         if not scored:
             raise InvalidArgument(
                 f"There is no batch in {what}. Raise the trainer's limit, or pass another dataloader."
@@ -258,8 +278,9 @@ class DeepKNN(Callback):
         predicted = logits.argmax(1)
         own = votes.gather(1, predicted[:, None])[:, 0] / (self.k * len(self._banks))
         # how many calibration samples conform at most as well
-        at_least = len(self._calibration) - torch.searchsorted(self._calibration, nonconformity, side="left")
-        p_values = (1 + at_least).double() / (1 + len(self._calibration))
+        calibration = self._calibration.to(nonconformity.device)
+        at_least = len(calibration) - torch.searchsorted(calibration, nonconformity, side="left")
+        p_values = (1 + at_least).double() / (1 + len(calibration))
         softmax = logits.softmax(1).amax(1)
         return NeighborScores(predicted.cpu(), softmax.cpu(), own.cpu(), p_values.cpu())
 
@@ -313,8 +334,10 @@ class _Bank:
 
     def votes(self, features: Tensor, k: int, num_classes: int) -> Tensor:
         """Return how many of the `k` nearest neighbours bear each class, `(N, C)`."""
-        bank, labels = self._joined()
         x = features.flatten(1)
+        # Lightning moves the module to the CPU after a test, and users move it further
+        self.pieces = [(bank.to(x.device), labels.to(x.device)) for bank, labels in self.pieces]
+        bank, labels = self._joined()
         if x.shape[1] != bank.shape[1]:
             raise ShapeMismatch(
                 f"A layer gave {x.shape[1]} features per sample, and {bank.shape[1]} for the training data. Inputs of "

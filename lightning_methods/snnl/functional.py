@@ -106,11 +106,13 @@ def anchor_losses(
     beta = _inverse_temperature(temperature, x)
     start, stop, _ = (rows or slice(None)).indices(len(x))
     with torch.autocast(x.device.type, enabled=False):
+        if keep is not None:  # also an infinity in a row that does not count must reach nothing
+            x = torch.where(keep[:, None], x, 0.0)
         if distance == "cosine":
             x = _unit_rows(x)
-        else:
+        elif len(x):
             # distances are translation invariant: centring removes cancellation, and the gradient of the mean is 0
-            x = x - x.detach().mean(0) if len(x) else x
+            x = x - (x.detach().mean(0) if keep is None else x.detach().sum(0) / keep.sum().clamp(min=1))
         losses, valid = _AnchorLosses.apply(x, beta, classes, keep, (start, stop), distance == "cosine", chunk_size)
     return losses, valid
 
@@ -150,10 +152,10 @@ def optimal_temperature(
     temperature negative.
     """
     x, classes, keep = _prepared(features, labels, distance, ignore_index)
+    if keep is not None:
+        x, classes = x[keep], classes[keep]
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        distances = _pair_distances(x, distance)
-        search = _TemperatureSearch(distances, *_masks(classes, keep))
-        return search.minimum()
+        return _TemperatureSearch(_pair_distances(x, distance), *_masks(classes)).minimum()
 
 
 def median_temperature(features: Tensor, *, distance: Distance = "sqeuclidean") -> Tensor:
@@ -175,7 +177,7 @@ def median_temperature(features: Tensor, *, distance: Distance = "sqeuclidean") 
         4.0
     """
     check_choice("distance", distance, ("sqeuclidean", "cosine"))
-    x = _rows_of(features).detach()
+    x = feature_rows(features).detach()
     x = x[:: math.ceil(len(x) / 512)] if len(x) else x
     with torch.autocast(x.device.type, enabled=False):
         return _median(_pair_distances(x, distance))
@@ -190,6 +192,7 @@ def paper_temperature_step(
     learning_rate: float = 0.1,
     distance: Distance = "sqeuclidean",
     ignore_index: int | None = None,
+    chunk_size: int | None = None,
 ) -> Tensor:
     r"""Return the next `t` of the released code, whose temperature is `T = initial_temperature / t`.
 
@@ -206,6 +209,7 @@ def paper_temperature_step(
         learning_rate: 0.1 in the released code.
         distance: squared Euclidean or `1 - cos`.
         ignore_index: label of samples to leave out.
+        chunk_size: see `soft_nearest_neighbor_loss`.
 
     Raises:
         InvalidArgument: if `t` is not positive.
@@ -219,10 +223,13 @@ def paper_temperature_step(
     Deviations from the paper: `t` is kept within `[1e-6, 1e6]`. The released code lets it become negative on features
     of large scale, which turns the loss into its opposite.
     """
+    _refuse_non_positive("t", t, "The released code starts from 1.")
     x, classes, keep = _prepared(features.detach(), labels, distance, ignore_index)
     scale = torch.as_tensor(t, dtype=x.dtype, device=x.device).detach().requires_grad_()
     with torch.enable_grad():
-        losses, valid = anchor_losses(x, classes, initial_temperature / scale, distance=distance, keep=keep)
+        losses, valid = anchor_losses(
+            x, classes, initial_temperature / scale, distance=distance, keep=keep, chunk_size=chunk_size
+        )
         (slope,) = torch.autograd.grad(losses.sum() / valid.sum().clamp(min=1), scale)
     # features that are not finite must not end up in the state
     step = torch.nan_to_num(learning_rate * slope.double(), nan=0.0, posinf=0.0, neginf=0.0)
@@ -249,13 +256,23 @@ def chance_level(labels: Tensor, *, ignore_index: int | None = None) -> Tensor:
         >>> print(f"{chance_level(torch.arange(12) % 3):.6f}")
         1.299283
     """
-    classes = class_labels(labels)
-    if ignore_index is not None:
-        classes = classes[classes != ignore_index]
-    _, counts = classes.unique(return_counts=True)
-    counts = counts.double()
-    counts, total = counts[counts > 1], len(classes)
-    return (counts * torch.log((total - 1) / (counts - 1))).sum() / counts.sum().clamp(min=1)
+    return anchors_and_chance(class_labels(labels), ignore_index)[1]
+
+
+def anchors_and_chance(classes: Tensor, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return how many samples have another one of their class, and the chance level of the batch.
+
+    Shapes:
+        classes `(B,)`, integers; returns an integer and a float64 scalar, without waiting for the device.
+    """
+    ordered = classes.sort().values
+    # how many bear the class of each sample
+    counts = torch.searchsorted(ordered, classes, right=True) - torch.searchsorted(ordered, classes)
+    kept = torch.ones_like(classes, dtype=torch.bool) if ignore_index is None else classes != ignore_index
+    valid = kept & (counts > 1)
+    levels = torch.log((kept.sum() - 1).double() / (counts - 1))
+    anchors = valid.sum()
+    return anchors, torch.where(valid, levels, 0.0).sum() / anchors.clamp(min=1)
 
 
 def class_entanglement(
@@ -325,23 +342,27 @@ def class_labels(labels: Tensor) -> Tensor:
         InvalidArgument: for soft labels (mixup, smoothing), several labels per sample, or fractions.
         ShapeMismatch: for other shapes.
     """
+    if not isinstance(labels, Tensor):
+        raise InvalidArgument(f"The labels are a {type(labels).__name__}; a tensor of one class per sample is needed.")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.ndim == 2:
+    if labels.ndim == 2 and labels.shape[1]:
         hard = ((labels == 0) | (labels == 1)).all() & (labels.sum(1) == 1).all()
         if not hard:
             raise InvalidArgument(
                 "The targets are soft or hold several labels per sample; one class per sample is needed. Give the "
                 "labels from before mixup, cutmix or smoothing, for instance with labels=."
             )
-        return labels.argmax(1)
+        return labels.to(torch.uint8).argmax(1)
     if labels.ndim != 1:
         raise ShapeMismatch(
             f"The labels have the shape {tuple(labels.shape)}; (B,), (B, 1) or one-hot (B, C) is needed."
         )
     if labels.is_floating_point():
-        if not (labels == labels.round()).all():
-            raise InvalidArgument("The labels are fractions; one class per sample is needed (a regression target?).")
+        if not ((labels == labels.round()) & labels.isfinite()).all():
+            raise InvalidArgument(
+                "The labels are fractions or not finite; one class per sample is needed (a regression target?)."
+            )
         return labels.long()
     if labels.is_complex():
         raise InvalidArgument("The labels are complex numbers; one class per sample is needed.")
@@ -590,7 +611,7 @@ def _prepared(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return features `(B, D)` in float32 or float64, classes `(B,)` and which samples count (`None`: all)."""
     check_choice("distance", distance, ("sqeuclidean", "cosine"))
-    x, classes = _rows_of(features), class_labels(labels).to(features.device)
+    x, classes = feature_rows(features), class_labels(labels).to(features.device)
     if len(x) != len(classes):
         raise ShapeMismatch(
             f"There are {len(x)} rows of features {tuple(features.shape)} and {len(classes)} labels "
@@ -598,11 +619,11 @@ def _prepared(
         )
     if ignore_index is None:
         return x, classes, None
-    keep = classes != ignore_index
-    return torch.where(keep[:, None], x, 0.0), classes, keep
+    return x, classes, classes != ignore_index
 
 
-def _rows_of(features: Tensor) -> Tensor:
+def feature_rows(features: Tensor) -> Tensor:
+    """Return features as rows `(B, D)` in float32 or float64."""
     if features.ndim < 2 or features.is_complex():
         raise ShapeMismatch(
             f"The features have the shape {tuple(features.shape)} and are {features.dtype}; real numbers (B, D) with "
@@ -612,47 +633,46 @@ def _rows_of(features: Tensor) -> Tensor:
 
 
 def _inverse_temperature(temperature: float | Tensor, x: Tensor) -> Tensor:
+    _refuse_non_positive("temperature", temperature, "median_temperature(features) gives one that fits the distances.")
     value = torch.as_tensor(temperature, dtype=x.dtype, device=x.device)
-    if value.numel() != 1:
-        raise ShapeMismatch(f"The temperature has the shape {tuple(value.shape)}; one number is needed.")
-    on_host = not isinstance(temperature, Tensor) or temperature.device.type == "cpu"
-    if (
-        on_host and not float(temperature.detach() if isinstance(temperature, Tensor) else temperature) > 0
-    ):  # a value on a device is not waited for
-        raise InvalidArgument(
-            f"temperature={float(temperature)!r}: a positive number is needed, in units of the distance. "
-            f"median_temperature(features) gives one that fits."
-        )
     return 1 / value.reshape(())
+
+
+def _refuse_non_positive(name: str, value: float | Tensor, remedy: str) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ShapeMismatch(f"{name} has the shape {tuple(value.shape)}; one number is needed. {remedy}")
+        if value.device.type != "cpu":  # a value on a device is not waited for
+            return
+        value = value.detach().item()
+    if isinstance(value, str) or not value > 0:
+        raise InvalidArgument(f"{name}={value!r}: a positive number is needed. {remedy}")
 
 
 def _unit_rows(x: Tensor) -> Tensor:
     """Return rows of length 1; a row of zeros stays, which puts it at cosine distance 1 from everything."""
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    tiny = length < 1e-12
-    return torch.where(tiny, 0.0, x / torch.where(tiny, 1.0, length))
+    tiny = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) < 1e-12
+    # the second derivative of a length is infinite at 0, and 0 times it is not a number
+    return torch.where(tiny, 0.0, x / torch.linalg.vector_norm(torch.where(tiny, 1.0, x), dim=1, keepdim=True))
 
 
 def _pair_distances(x: Tensor, distance: str) -> Tensor:
     if distance == "cosine":
         unit = _unit_rows(x)
-        return 1 - unit @ unit.T
+        return (1 - unit @ unit.T).clamp_(min=0).fill_diagonal_(0)
     x = x - x.mean(0) if len(x) else x
     lengths = torch.linalg.vecdot(x, x)
     return torch.addmm(lengths[:, None] + lengths, x, x.T, alpha=-2).clamp_(min=0).fill_diagonal_(0)
 
 
-def _masks(classes: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def _masks(classes: Tensor) -> tuple[Tensor, Tensor]:
     """Return which pairs are positives and which are no neighbours at all, both `(B, B)`."""
     out = torch.eye(len(classes), dtype=torch.bool, device=classes.device)
-    same = classes[:, None] == classes[None]
-    if keep is not None:
-        out = out | ~keep
-        same = same & keep[:, None]
-    return same & ~out, out
+    return (classes[:, None] == classes) & ~out, out
 
 
 def _median(distances: Tensor) -> Tensor:
     """Return the median of a matrix of distances without its zeros, 1 where there is nothing else."""
-    positive = distances[distances > 0]
-    return positive.median() if positive.numel() else distances.new_ones(())
+    # marked, not selected: how many there are would have to be waited for
+    median = distances.masked_fill(distances <= 0, math.nan).nanmedian()
+    return torch.where(median.isnan(), 1.0, median)

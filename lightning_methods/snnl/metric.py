@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,8 @@ from torchmetrics import Metric
 from lightning_methods.errors import InvalidArgument, check_choice
 from lightning_methods.snnl.functional import (
     Distance,
-    chance_level,
+    anchors_and_chance,
+    class_labels,
     median_temperature,
     optimal_temperature,
     soft_nearest_neighbor_loss,
@@ -79,27 +81,27 @@ class Entanglement(Metric):
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch; one without two samples of a class adds nothing."""
-        features = features.detach()
+        features, classes = features.detach(), class_labels(labels)
         settings: dict[str, Any] = {"distance": self.distance, "ignore_index": self.ignore_index}
-        counted = soft_nearest_neighbor_loss(
-            torch.zeros(len(labels), 1, device=labels.device), labels, reduction="none", ignore_index=self.ignore_index
-        )
-        anchors = (counted > 0).sum()
+        anchors, chance = anchors_and_chance(classes, self.ignore_index)
         if self.temperature == "optimal":
-            loss = optimal_temperature(features, labels, **settings)[1]
+            loss = optimal_temperature(features, classes, **settings)[1]
         else:
-            fixed = self.temperature
-            temperature = median_temperature(features, distance=self.distance) if fixed == "median" else fixed
-            loss = soft_nearest_neighbor_loss(features, labels, temperature, **settings)
+            temperature: Any = self.temperature
+            if temperature == "median":
+                kept = features if self.ignore_index is None else features[classes != self.ignore_index]
+                temperature = median_temperature(kept, distance=self.distance)
+            loss = soft_nearest_neighbor_loss(features, classes, temperature, **settings)
         self.sum_loss += anchors * loss.double()
-        self.sum_chance += anchors * chance_level(labels, ignore_index=self.ignore_index)
+        self.sum_chance += anchors * chance
         self.anchors += anchors
 
     def compute(self) -> Tensor:
         """Return the average, divided by that of the chance level if normalised."""
         if self.anchors == 0:
             raise InvalidArgument(
-                "Entanglement saw no batch with two samples of one class. Use larger batches, or sort them by class."
+                "Entanglement saw no batch with two samples of one class. Use larger batches, or batches that hold "
+                "several samples of a class."
             )
         if not self.normalized:
             return self.sum_loss / self.anchors
@@ -109,3 +111,12 @@ class Entanglement(Metric):
     def set_dtype(self, dst_type: str | torch.dtype) -> Entanglement:
         """Keep the sums in float64: in half precision they would stop growing."""
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> torch.nn.Module:
+        # .to(torch.bfloat16), as Lightning's true half precision does, casts states past set_dtype: only move them
+        this = super()._apply(fn, exclude_state=(*exclude_state, *self._defaults))
+        defaults: dict[str, Any] = self._defaults
+        for name, default in defaults.items():
+            setattr(self, name, getattr(self, name).to(self.device))
+            defaults[name] = default.to(self.device)
+        return this
