@@ -28,7 +28,7 @@ class Recipe:
     Attributes:
         name: id in the tests.
         method: folder of the method.
-        row: row of the compatibility matrix; recipes of one row share it.
+        row: row of the compatibility matrix, in Markdown; recipes may share one.
         callbacks: builds what goes into the Trainer's callback list.
         module: builds the module that is trained.
         reference: builds the module that, trained without the callbacks, must end equal: the term written by hand into
@@ -111,7 +111,7 @@ RECIPES = [
     Recipe(
         "snnl-safe",
         "snnl",
-        "SoftNearestNeighborLoss",
+        "`SoftNearestNeighborLoss`",
         callbacks=lambda: [SoftNearestNeighborLoss(["first", "second"])],
         reference=SafeByHand,
         refused=_SNNL_REFUSED,
@@ -122,7 +122,7 @@ RECIPES = [
     Recipe(
         "snnl-paper",
         "snnl",
-        "SoftNearestNeighborLoss",
+        "`SoftNearestNeighborLoss`",
         callbacks=lambda: [
             SoftNearestNeighborLoss(
                 "second", preset="paper", weight=PAPER_WEIGHT, temperature="paper", log_prefix="paper"
@@ -137,7 +137,7 @@ RECIPES = [
     Recipe(
         "snnl-probe",
         "snnl",
-        "SoftNearestNeighborLoss, weight 0",
+        "`SoftNearestNeighborLoss`, weight 0",
         callbacks=lambda: [SoftNearestNeighborLoss(["first", "second", "head"], weight=0, log_prefix="probe")],
         probe=True,
         refused=_SNNL_REFUSED,
@@ -148,7 +148,7 @@ RECIPES = [
     Recipe(
         "entanglement",
         "snnl",
-        "Entanglement",
+        "`Entanglement`",
         module=MeasuredModule,
         probe=True,
         scalars=("entanglement",),
