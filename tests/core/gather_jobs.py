@@ -12,6 +12,13 @@ from lightning_methods.errors import ShapeMismatch
 
 # rows of each rank; the first so many are used
 SIZES = {"equal": (4, 4, 4), "unequal": (5, 1, 3), "one without rows": (3, 0, 2), "nobody has rows": (0, 0, 0)}
+# shape on rank 0, and on the others
+MISFITS = {
+    "width": ((2, 3), (2, 4)),
+    "dimensions": ((2, 3, 1), (2, 3)),
+    "transposed": ((2, 3, 4), (2, 4, 3)),
+    "no rows": ((2, 3), (0, 1)),
+}
 
 
 def joined(sizes: tuple[int, ...]) -> torch.Tensor:
@@ -36,9 +43,9 @@ def on_every_rank() -> dict[str, Any]:
         together = gather_rows(x)
         pairwise(together, mine).backward()
         found[name] = {"rows": together.detach(), "gradient": x.grad, "labels": gather_rows(torch.arange(len(x)))}
-    for name, shape in {"width": (2, 3 + rank()), "dimensions": (2, 3, 1)[: 2 + (rank() == 0)]}.items():
+    for name, shape in MISFITS.items():
         try:
-            gather_rows(torch.zeros(shape))
+            gather_rows(torch.zeros(shape[min(rank(), 1)]))
         except ShapeMismatch as error:
             found[name] = str(error)
     dist.destroy_process_group()

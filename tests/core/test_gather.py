@@ -38,7 +38,7 @@ def test_rows_in_rank_order_and_the_gradient_of_one_process(ranks, case):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("case", ["width", "dimensions"])
+@pytest.mark.parametrize("case", gather_jobs.MISFITS)
 def test_rows_that_do_not_fit_are_refused_on_every_rank(ranks, case):
     for found in ranks:
         assert "different widths" in found[case]
