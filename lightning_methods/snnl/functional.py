@@ -225,7 +225,7 @@ def paper_temperature_step(
     """
     _refuse_non_positive("t", t, "The released code starts from 1.")
     x, classes, keep = _prepared(features.detach(), labels, distance, ignore_index)
-    scale = torch.as_tensor(t, dtype=x.dtype, device=x.device).detach().requires_grad_()
+    scale = torch.as_tensor(t, dtype=x.dtype, device=x.device).detach().reshape(()).requires_grad_()
     with torch.enable_grad():
         losses, valid = anchor_losses(
             x, classes, initial_temperature / scale, distance=distance, keep=keep, chunk_size=chunk_size
@@ -324,9 +324,9 @@ def class_entanglement(
         )
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         beta = _inverse_temperature(temperature, x)
-        member = torch.nn.functional.one_hot(classes, num_classes).to(torch.float64)
         if len(x) < 2:
-            return member.new_zeros(num_classes, num_classes)
+            return x.new_zeros(num_classes, num_classes, dtype=torch.float64)
+        member = torch.nn.functional.one_hot(classes, num_classes).to(torch.float64)
         scores = (-beta * _pair_distances(x, distance)).fill_diagonal_(-math.inf)
         mass = scores.softmax(1).double() @ member
         return (member.T @ mass) / member.sum(0).clamp(min=1)[:, None]
