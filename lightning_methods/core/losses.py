@@ -357,10 +357,15 @@ class AuxiliaryLoss(Callback):
 
     def _refuse_shared_keys(self, trainer: Any) -> None:
         for other in trainer.callbacks:
-            shared = set(getattr(other, "_layer_weights", ())) & set(self._layer_weights)
-            if other is not self and getattr(other, "log_prefix", None) == self.log_prefix and shared:
+            if other is self or getattr(other, "log_prefix", None) != self.log_prefix:
+                continue
+            theirs = getattr(other, "_layer_weights", {})  # empty before it has joined
+            shared = sorted(set(theirs) & set(self._layer_weights))
+            if any(theirs.values()) and any(self._layer_weights.values()):
+                shared += ["loss", "total_loss"]
+            if shared:
                 raise InvalidArgument(
-                    f"Two callbacks log {sorted(shared)} under {self.log_prefix!r}, where their numbers would mix. "
+                    f"Two callbacks log {shared} under {self.log_prefix!r}, where their numbers would mix. "
                     f"Give one of them another log_prefix=."
                 )
 

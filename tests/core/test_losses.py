@@ -441,3 +441,25 @@ def test_logged_once_per_epoch_or_step(tmp_path, log_on):
 
     trained(tmp_path, callbacks=[Size("second", weight=0.5, log_on=log_on), Keeps()], log_every_n_steps=1, max_epochs=1)
     assert values == [log_on == "step"] * 5
+
+
+@pytest.mark.parametrize(
+    ("second", "shared"),
+    [
+        (lambda: Size(["second", "head"], weight=0), r"\['second'\]"),
+        (lambda: Size("first", weight=0.1), r"\['loss', 'total_loss'\]"),
+        (lambda: Size("first", weight=0), None),
+        (lambda: Size("first", weight=0.1, log_prefix="other"), None),
+    ],
+    ids=["one layer", "two losses", "a probe of another layer", "another prefix"],
+)
+def test_two_callbacks_must_not_log_under_one_key(tmp_path, second, shared):
+    callbacks = [Size("second", weight=0.5), second()]
+    if shared is None:
+        assert "training_step" not in vars(trained(tmp_path, callbacks=callbacks))
+        return
+    module = make()
+    with pytest.raises(InvalidArgument, match=f"Two callbacks log {shared}"):
+        fit(quiet_trainer(tmp_path, callbacks=callbacks), module)
+    assert "training_step" not in vars(module)
+    assert not any(m._forward_hooks for m in module.modules())
