@@ -329,20 +329,15 @@ class _Bank:
         return int(self._joined()[1].max()) + 1
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        x = features.flatten(1)
+        x = self._rows(features)
         self.pieces.append((torch.nn.functional.normalize(x) if self.distance == "cosine" else x, labels))
 
     def votes(self, features: Tensor, k: int, num_classes: int) -> Tensor:
         """Return how many of the `k` nearest neighbours bear each class, `(N, C)`."""
-        x = features.flatten(1)
+        x = self._rows(features)
         # Lightning moves the module to the CPU after a test, and users move it further
         self.pieces = [(bank.to(x.device), labels.to(x.device)) for bank, labels in self.pieces]
         bank, labels = self._joined()
-        if x.shape[1] != bank.shape[1]:
-            raise ShapeMismatch(
-                f"A layer gave {x.shape[1]} features per sample, and {bank.shape[1]} for the training data. Inputs of "
-                f"one size are needed, or pool='gap'."
-            )
         half_lengths = torch.linalg.vecdot(bank, bank) / 2 if self.distance == "sqeuclidean" else None
         counts = torch.zeros(len(x), num_classes, dtype=torch.int64, device=x.device)
         for start in range(0, len(x), _QUERIES_AT_A_TIME):
@@ -352,6 +347,16 @@ class _Bank:
             nearest = labels[closeness.topk(k, dim=1, sorted=False).indices]
             counts[own].scatter_add_(1, nearest, torch.ones_like(nearest))
         return counts
+
+    def _rows(self, features: Tensor) -> Tensor:
+        x = features.flatten(1)
+        width = self.pieces[0][0].shape[1] if self.pieces else x.shape[1]
+        if x.shape[1] != width:
+            raise ShapeMismatch(
+                f"A layer gave {x.shape[1]} features per sample, and {width} for the first training data. Inputs of "
+                f"one size are needed, or pool='gap'."
+            )
+        return x
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         if len(self.pieces) > 1:
