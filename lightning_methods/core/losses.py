@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from lightning_methods.core._lightning import Callback, rank_zero_warn
+from lightning_methods.core._lightning import Callback, rank_zero_info, rank_zero_warn
 from lightning_methods.core.batches import Selector, batch_size_of, targets_of
 from lightning_methods.core.gather import gather_rows, gather_sizes, local_rows, world_size
 from lightning_methods.core.layers import match_names
@@ -278,6 +278,8 @@ class AuxiliaryLoss(Callback):
             self.release()
             raise
         self._balance = _Balance()
+        by_weight = ", ".join(f"{layer} ({weight:g})" for layer, weight in self._layer_weights.items())
+        rank_zero_info(f"{type(self).__name__}: layers, with their weights: {by_weight}")
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the module as it was."""

@@ -126,7 +126,8 @@ def optimal_temperature(
 
     The inverse temperature is searched on a grid of nine decades around the median distance, then refined by Newton's
     method inside the best bracket; the loss is not unimodal. It is never above the chance level, which is the value at
-    infinite temperature (returned as `inf` where nothing is better).
+    infinite temperature (returned as `inf` where nothing is better). The distances of all pairs are held several times
+    over: of very large batches give a part.
 
     Shapes:
         features `(B, ...)`, labels `(B,)`; returns two scalars without gradient.
@@ -469,7 +470,9 @@ class _Block:
 
     def slopes(self, beta: Tensor) -> Tensor:
         """Return the derivative of each loss by the inverse temperature, `E_q[D] - E_p[D]`."""
-        return (self.score_gradient() * self.scores.masked_fill(self.scores == -math.inf, 0.0)).sum(1) / beta
+        seen = self.scores.masked_fill(self.scores == -math.inf, 0.0)
+        # at an infinite temperature all scores are 0, and so is the derivative by the temperature
+        return (self.score_gradient() * seen).sum(1) / beta.clamp(min=torch.finfo(beta.dtype).tiny)
 
 
 def _log_sum_exp(scores: Tensor, softmax: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_methods.errors import UnsupportedTraining
-from lightning_methods.snnl import Entanglement, SoftNearestNeighborLoss
+from lightning_methods.snnl import DeepKNN, Entanglement, SoftNearestNeighborLoss
 from lightning_methods.snnl.functional import (
     median_temperature,
     paper_temperature_step,
@@ -144,6 +144,13 @@ RECIPES = [
         scalars=("probe/value/head", "probe/normalized/second"),
         figures=("probe/layers_by_epoch", "probe/class_pairs/head"),
         tables=("probe/layers",),
+    ),
+    Recipe(
+        "deep-knn",
+        "snnl",
+        "`DeepKNN`",
+        callbacks=lambda: [DeepKNN(["first", "second"], k=3)],
+        probe=True,
     ),
     Recipe(
         "entanglement",
