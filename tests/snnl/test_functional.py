@@ -611,7 +611,15 @@ def test_float32_gradient_is_as_exact_as_float32_can_be(t: float, chunk_size: in
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) <= 2e-6
 
 
-def test_a_temperature_on_which_the_features_depend_gets_its_gradient_through_a_learned_scale() -> None:
+def test_infinite_temperature_has_no_gradient() -> None:
+    x, y = made()
+    t = torch.tensor(math.inf, dtype=torch.float64, requires_grad=True)
+    soft_nearest_neighbor_loss(x.requires_grad_(), y, t).backward()
+    assert float(t.grad) == 0.0
+    assert float(x.grad.abs().max()) == 0.0
+
+
+def test_learned_log_temperature_gets_its_gradient() -> None:
     x, y = made()
     log_beta = torch.zeros((), dtype=torch.float64, requires_grad=True)
     soft_nearest_neighbor_loss(x, y, (-log_beta).exp()).backward()
