@@ -20,6 +20,7 @@ from lightning_methods.core.gather import gather_rows, gather_sizes, local_rows,
 from lightning_methods.core.layers import match_names
 from lightning_methods.core.taps import FeatureTaps, Pool
 from lightning_methods.errors import (
+    BatchFormat,
     InvalidArgument,
     LayerNotFound,
     NoEffect,
@@ -337,6 +338,11 @@ class AuxiliaryLoss(Callback):
 
     def _layer_batches(self, features: dict[str, Tensor], labels: Tensor) -> dict[str, LayerBatch]:
         """Return the rows of every layer, of all ranks if asked for, in at least float32."""
+        if not isinstance(labels, Tensor) or labels.ndim == 0:
+            raise BatchFormat(
+                f"The targets are a {type(labels).__name__}; a tensor with one entry per sample is needed. Say where it "
+                f"is with labels=, which may be a function of the batch."
+            )
         ranks = world_size() if self.gather else 1
         sizes = gather_sizes(len(labels), labels.device) if ranks > 1 else [len(labels)]
         rows = local_rows(sizes) if ranks > 1 else slice(0, len(labels))

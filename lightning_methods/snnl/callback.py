@@ -23,10 +23,8 @@ from lightning_methods.snnl.functional import (
     class_entanglement,
     class_labels,
     feature_rows,
-    median_temperature,
-    optimal_temperature,
-    paper_temperature_step,
 )
+from lightning_methods.snnl.temperature import median_temperature, optimal_temperature, paper_temperature_step
 
 Temperature = float | Literal["median", "optimal", "paper"]
 

@@ -86,6 +86,7 @@ class DeepKNN(Callback):
         select: item of a layer that returns a tuple or a dict.
         pool: `"flatten"`, `"gap"` or a function, see `lightning_methods.core.taps.FeatureTaps`.
         on_repeat: `"error"`, `"last"` or `"all"` for a layer that runs several times.
+        log_prefix: first part of every logged key, to tell two callbacks in one trainer apart.
 
     Raises:
         InvalidArgument: for settings that cannot be read, or if there are fewer training samples than `k`.
@@ -114,6 +115,7 @@ class DeepKNN(Callback):
         select: int | str | None = None,
         pool: Pool = "flatten",
         on_repeat: Literal["error", "last", "all"] = "error",
+        log_prefix: str = "deep_knn",
     ) -> None:
         check_choice("distance", distance, ("sqeuclidean", "cosine"))
         for name, number in (("k", k), ("max_per_class", max_per_class)):
@@ -122,6 +124,7 @@ class DeepKNN(Callback):
         self.k = k
         self.distance: Distance = distance
         self.max_per_class = max_per_class
+        self.log_prefix = log_prefix
         self.train = train
         self.calibration = calibration
         self.outliers = outliers
@@ -137,7 +140,7 @@ class DeepKNN(Callback):
     @property
     def state_key(self) -> str:
         """Tell several callbacks of one kind in one trainer apart, by their layers."""
-        return self._generate_state_key(layers=self.taps.patterns, distance=self.distance)
+        return self._generate_state_key(layers=self.taps.patterns, log_prefix=self.log_prefix)
 
     # -- life in the trainer -----------------------------------------------------------------------------------------
 
@@ -163,7 +166,7 @@ class DeepKNN(Callback):
                 logged[f"auroc_{name}"] = _auroc(getattr(scores, name), getattr(outliers, name))
             shares["outliers"] = outliers.same_class_neighbors
         for name, value in logged.items():
-            pl_module.log(f"deep_knn/{name}", value.float(), batch_size=len(targets))
+            pl_module.log(f"{self.log_prefix}/{name}", value.float(), batch_size=len(targets))
         self._show(trainer, targets, right, shares)
 
     def fit(self, trainer: Any, pl_module: Any) -> None:
@@ -304,16 +307,16 @@ class DeepKNN(Callback):
         scores = self.test_scores
         credibility = scores.credibility
         diagram = reliability_diagram(credibility, right, bins=15, title="Credibility of the test data")
-        written = log_figure(trainer, "deep_knn/reliability", diagram)
+        written = log_figure(trainer, f"{self.log_prefix}/reliability", diagram)
         pictured = histograms(
             shares, title="Neighbours that bear the predicted class", x_label="share of the neighbours, all layers"
         )
-        written += log_figure(trainer, "deep_knn/same_class_neighbors", pictured)
+        written += log_figure(trainer, f"{self.log_prefix}/same_class_neighbors", pictured)
         least = credibility.argsort(stable=True)[:20].tolist()
         columns = ["sample", "label", "network predicts", "neighbours predict", "credibility", "same-class neighbours"]
         values = (targets, scores.predicted, scores.p_values.argmax(1), credibility, scores.same_class_neighbors)
         rows = [[i, *(v[i].item() for v in values)] for i in least]
-        written += log_table(trainer, "deep_knn/least_credible", columns, rows)
+        written += log_table(trainer, f"{self.log_prefix}/least_credible", columns, rows)
         self.figure_paths = written
 
 

@@ -11,11 +11,8 @@ from torch import Tensor
 
 from lightning_methods.errors import UnsupportedTraining
 from lightning_methods.snnl import DeepKNN, Entanglement, SoftNearestNeighborLoss
-from lightning_methods.snnl.functional import (
-    median_temperature,
-    paper_temperature_step,
-    soft_nearest_neighbor_loss,
-)
+from lightning_methods.snnl.functional import soft_nearest_neighbor_loss
+from lightning_methods.snnl.temperature import median_temperature, paper_temperature_step
 from tests.support.training import Settings, TinyModule
 
 Module = Callable[[Settings], TinyModule]
