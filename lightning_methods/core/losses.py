@@ -340,8 +340,8 @@ class AuxiliaryLoss(Callback):
         """Return the rows of every layer, of all ranks if asked for, in at least float32."""
         if not isinstance(labels, Tensor) or labels.ndim == 0:
             raise BatchFormat(
-                f"The targets are a {type(labels).__name__}; a tensor with one entry per sample is needed. Say where it "
-                f"is with labels=, which may be a function of the batch."
+                f"The targets are a {type(labels).__name__}; a tensor with one entry per sample is needed. Say "
+                f"where it is with labels=, which may be a function of the batch."
             )
         ranks = world_size() if self.gather else 1
         sizes = gather_sizes(len(labels), labels.device) if ranks > 1 else [len(labels)]
