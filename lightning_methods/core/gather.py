@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_methods.errors import ShapeMismatch
 
+_MOST_DIMENSIONS = 16  # of a row, when shapes are compared
+
 
 def world_size() -> int:
     """Return the number of processes that train together, 1 without `torch.distributed`."""
@@ -78,13 +80,14 @@ def all_sum(x: Tensor) -> Tensor:
 
 def _check_same_row_shape(x: Tensor) -> None:
     # compared on every rank, so that all of them raise and none is left waiting in the next collective
-    width = torch.tensor([x[0].numel() if len(x) else -1, x.ndim], dtype=torch.int64, device=x.device)
-    widths = [torch.empty_like(width) for _ in range(world_size())]
-    dist.all_gather(widths, width)
-    known = {(int(w[0]), int(w[1])) for w in widths if int(w[0]) >= 0}
+    shape = torch.full((_MOST_DIMENSIONS,), -1, dtype=torch.int64, device=x.device)
+    shape[: x.ndim - 1] = torch.tensor(x.shape[1:], dtype=torch.int64)
+    shapes = [torch.empty_like(shape) for _ in range(world_size())]
+    dist.all_gather(shapes, shape)
+    known = {tuple(size for size in s.tolist() if size >= 0) for s in shapes}
     if len(known) > 1:
         raise ShapeMismatch(
-            f"The ranks hold rows of different widths: {sorted(known)} as (features, dimensions). "
+            f"The ranks hold rows of different widths: {sorted(known)}. "
             "Pool the layer to a fixed width, for instance with pool='gap'."
         )
 

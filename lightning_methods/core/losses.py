@@ -14,12 +14,13 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from lightning_methods.core._lightning import Callback, rank_zero_warn
+from lightning_methods.core._lightning import Callback, rank_zero_info, rank_zero_warn
 from lightning_methods.core.batches import Selector, batch_size_of, targets_of
 from lightning_methods.core.gather import gather_rows, gather_sizes, local_rows, world_size
 from lightning_methods.core.layers import match_names
 from lightning_methods.core.taps import FeatureTaps, Pool
 from lightning_methods.errors import (
+    BatchFormat,
     InvalidArgument,
     LayerNotFound,
     NoEffect,
@@ -278,6 +279,8 @@ class AuxiliaryLoss(Callback):
             self.release()
             raise
         self._balance = _Balance()
+        by_weight = ", ".join(f"{layer} ({weight:g})" for layer, weight in self._layer_weights.items())
+        rank_zero_info(f"{type(self).__name__}: layers, with their weights: {by_weight}")
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the module as it was."""
@@ -335,6 +338,11 @@ class AuxiliaryLoss(Callback):
 
     def _layer_batches(self, features: dict[str, Tensor], labels: Tensor) -> dict[str, LayerBatch]:
         """Return the rows of every layer, of all ranks if asked for, in at least float32."""
+        if not isinstance(labels, Tensor) or labels.ndim == 0:
+            raise BatchFormat(
+                f"The targets are a {type(labels).__name__}; a tensor with one entry per sample is needed. Say "
+                f"where it is with labels=, which may be a function of the batch."
+            )
         ranks = world_size() if self.gather else 1
         sizes = gather_sizes(len(labels), labels.device) if ranks > 1 else [len(labels)]
         rows = local_rows(sizes) if ranks > 1 else slice(0, len(labels))
@@ -357,10 +365,15 @@ class AuxiliaryLoss(Callback):
 
     def _refuse_shared_keys(self, trainer: Any) -> None:
         for other in trainer.callbacks:
-            shared = set(getattr(other, "_layer_weights", ())) & set(self._layer_weights)
-            if other is not self and getattr(other, "log_prefix", None) == self.log_prefix and shared:
+            if other is self or getattr(other, "log_prefix", None) != self.log_prefix:
+                continue
+            theirs = getattr(other, "_layer_weights", {})  # empty before it has joined
+            shared = sorted(set(theirs) & set(self._layer_weights))
+            if any(theirs.values()) and any(self._layer_weights.values()):
+                shared += ["loss", "total_loss"]
+            if shared:
                 raise InvalidArgument(
-                    f"Two callbacks log {sorted(shared)} under {self.log_prefix!r}, where their numbers would mix. "
+                    f"Two callbacks log {shared} under {self.log_prefix!r}, where their numbers would mix. "
                     f"Give one of them another log_prefix=."
                 )
 

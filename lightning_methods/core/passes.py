@@ -100,6 +100,8 @@ def batches(
     """
     if limit is not None and limit < 1:
         raise InvalidArgument(f"limit={limit}: at least 1 batch is needed, or None for all.")
+    if isinstance(loader, str) and getattr(trainer, f"limit_{loader}_batches", None) == 0:
+        return  # Lightning then does not even make the loader
     loaders = loaders_of(trainer, loader)
     limits = [_limit_of(trainer, loader, one, limit) for one in loaders]
     known = None if any(n is None for n in limits) else sum(n or 0 for n in limits)

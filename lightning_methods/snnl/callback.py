@@ -23,10 +23,8 @@ from lightning_methods.snnl.functional import (
     class_entanglement,
     class_labels,
     feature_rows,
-    median_temperature,
-    optimal_temperature,
-    paper_temperature_step,
 )
+from lightning_methods.snnl.temperature import median_temperature, optimal_temperature, paper_temperature_step
 
 Temperature = float | Literal["median", "optimal", "paper"]
 
@@ -163,6 +161,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         #: per layer the share of each class among the neighbours of each class in the latest epoch
         self.class_pairs: dict[str, Tensor] = {}
         self._inverse: dict[str, Tensor] = {}  # the paper's t of each layer
+        self._epoch = 0
         self._sums: dict[str, dict[str, Tensor]] = {}  # of the running epoch
         self._pair_batches: dict[str, int] = {}
 
@@ -261,8 +260,20 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         if stage == "fit" and trainer.global_step == 0:
             self._reset()
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Close an epoch that was saved at its last batch: after resuming, Lightning calls none of its hooks again."""
+        if self._epoch != trainer.current_epoch:
+            self._close_epoch()
+        self._epoch = trainer.current_epoch
+
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Add the epoch to the history, and draw the figures if asked to."""
+        self._close_epoch()
+        every = self.figures_every_n_epochs
+        if every and (trainer.current_epoch + 1) % every == 0:
+            self.show(trainer)
+
+    def _close_epoch(self) -> None:
         for layer, sums in self._sums.items():
             steps = sums["steps"]
             for quantity in _QUANTITIES:
@@ -270,14 +281,11 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
                 self.history.setdefault(layer, {}).setdefault(quantity, []).append(mean)
             if not math.isfinite(self.history[layer]["value"][-1]):
                 rank_zero_warn(
-                    f"SoftNearestNeighborLoss: the loss of the layer {layer!r} is not finite in epoch "
-                    f"{trainer.current_epoch}; its features are not. Lower the learning rate or the weight.",
+                    f"SoftNearestNeighborLoss: the loss of the layer {layer!r} is not finite in epoch {self._epoch}; "
+                    f"its features are not. Lower the learning rate or the weight.",
                     category=NotFinite,
                 )
         self._sums, self._pair_batches = {}, {}
-        every = self.figures_every_n_epochs
-        if every and (trainer.current_epoch + 1) % every == 0:
-            self.show(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the figures and the table of the whole fit."""
@@ -341,6 +349,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
             "inverse_temperatures": {layer: t.cpu() for layer, t in self._inverse.items()},
             "history": {layer: {k: list(v) for k, v in series.items()} for layer, series in self.history.items()},
             "sums": {layer: {k: v.cpu() for k, v in sums.items()} for layer, sums in self._sums.items()},
+            "epoch": self._epoch,
             "class_pairs": dict(self.class_pairs),
             "pair_batches": dict(self._pair_batches),
         }
@@ -350,6 +359,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         self._inverse = dict(state_dict["inverse_temperatures"])
         self.history = state_dict["history"]
         self._sums = state_dict["sums"]
+        self._epoch = state_dict["epoch"]
         self.class_pairs = state_dict["class_pairs"]
         self._pair_batches = state_dict["pair_batches"]
 

@@ -86,6 +86,7 @@ class DeepKNN(Callback):
         select: item of a layer that returns a tuple or a dict.
         pool: `"flatten"`, `"gap"` or a function, see `lightning_methods.core.taps.FeatureTaps`.
         on_repeat: `"error"`, `"last"` or `"all"` for a layer that runs several times.
+        log_prefix: first part of every logged key, to tell two callbacks in one trainer apart.
 
     Raises:
         InvalidArgument: for settings that cannot be read, or if there are fewer training samples than `k`.
@@ -114,6 +115,7 @@ class DeepKNN(Callback):
         select: int | str | None = None,
         pool: Pool = "flatten",
         on_repeat: Literal["error", "last", "all"] = "error",
+        log_prefix: str = "deep_knn",
     ) -> None:
         check_choice("distance", distance, ("sqeuclidean", "cosine"))
         for name, number in (("k", k), ("max_per_class", max_per_class)):
@@ -122,6 +124,7 @@ class DeepKNN(Callback):
         self.k = k
         self.distance: Distance = distance
         self.max_per_class = max_per_class
+        self.log_prefix = log_prefix
         self.train = train
         self.calibration = calibration
         self.outliers = outliers
@@ -137,7 +140,7 @@ class DeepKNN(Callback):
     @property
     def state_key(self) -> str:
         """Tell several callbacks of one kind in one trainer apart, by their layers."""
-        return self._generate_state_key(layers=self.taps.patterns, distance=self.distance)
+        return self._generate_state_key(layers=self.taps.patterns, log_prefix=self.log_prefix)
 
     # -- life in the trainer -----------------------------------------------------------------------------------------
 
@@ -163,7 +166,7 @@ class DeepKNN(Callback):
                 logged[f"auroc_{name}"] = _auroc(getattr(scores, name), getattr(outliers, name))
             shares["outliers"] = outliers.same_class_neighbors
         for name, value in logged.items():
-            pl_module.log(f"deep_knn/{name}", value.float(), batch_size=len(targets))
+            pl_module.log(f"{self.log_prefix}/{name}", value.float(), batch_size=len(targets))
         self._show(trainer, targets, right, shares)
 
     def fit(self, trainer: Any, pl_module: Any) -> None:
@@ -304,16 +307,16 @@ class DeepKNN(Callback):
         scores = self.test_scores
         credibility = scores.credibility
         diagram = reliability_diagram(credibility, right, bins=15, title="Credibility of the test data")
-        written = log_figure(trainer, "deep_knn/reliability", diagram)
+        written = log_figure(trainer, f"{self.log_prefix}/reliability", diagram)
         pictured = histograms(
             shares, title="Neighbours that bear the predicted class", x_label="share of the neighbours, all layers"
         )
-        written += log_figure(trainer, "deep_knn/same_class_neighbors", pictured)
+        written += log_figure(trainer, f"{self.log_prefix}/same_class_neighbors", pictured)
         least = credibility.argsort(stable=True)[:20].tolist()
         columns = ["sample", "label", "network predicts", "neighbours predict", "credibility", "same-class neighbours"]
         values = (targets, scores.predicted, scores.p_values.argmax(1), credibility, scores.same_class_neighbors)
         rows = [[i, *(v[i].item() for v in values)] for i in least]
-        written += log_table(trainer, "deep_knn/least_credible", columns, rows)
+        written += log_table(trainer, f"{self.log_prefix}/least_credible", columns, rows)
         self.figure_paths = written
 
 
@@ -329,20 +332,15 @@ class _Bank:
         return int(self._joined()[1].max()) + 1
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        x = features.flatten(1)
+        x = self._rows(features)
         self.pieces.append((torch.nn.functional.normalize(x) if self.distance == "cosine" else x, labels))
 
     def votes(self, features: Tensor, k: int, num_classes: int) -> Tensor:
         """Return how many of the `k` nearest neighbours bear each class, `(N, C)`."""
-        x = features.flatten(1)
+        x = self._rows(features)
         # Lightning moves the module to the CPU after a test, and users move it further
         self.pieces = [(bank.to(x.device), labels.to(x.device)) for bank, labels in self.pieces]
         bank, labels = self._joined()
-        if x.shape[1] != bank.shape[1]:
-            raise ShapeMismatch(
-                f"A layer gave {x.shape[1]} features per sample, and {bank.shape[1]} for the training data. Inputs of "
-                f"one size are needed, or pool='gap'."
-            )
         half_lengths = torch.linalg.vecdot(bank, bank) / 2 if self.distance == "sqeuclidean" else None
         counts = torch.zeros(len(x), num_classes, dtype=torch.int64, device=x.device)
         for start in range(0, len(x), _QUERIES_AT_A_TIME):
@@ -352,6 +350,16 @@ class _Bank:
             nearest = labels[closeness.topk(k, dim=1, sorted=False).indices]
             counts[own].scatter_add_(1, nearest, torch.ones_like(nearest))
         return counts
+
+    def _rows(self, features: Tensor) -> Tensor:
+        x = features.flatten(1)
+        width = self.pieces[0][0].shape[1] if self.pieces else x.shape[1]
+        if x.shape[1] != width:
+            raise ShapeMismatch(
+                f"A layer gave {x.shape[1]} features per sample, and {width} for the first training data. Inputs of "
+                f"one size are needed, or pool='gap'."
+            )
+        return x
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         if len(self.pieces) > 1:

@@ -10,14 +10,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_methods.errors import InvalidArgument, check_choice
-from lightning_methods.snnl.functional import (
-    Distance,
-    anchors_and_chance,
-    class_labels,
-    median_temperature,
-    optimal_temperature,
-    soft_nearest_neighbor_loss,
-)
+from lightning_methods.snnl.functional import Distance, anchors_and_chance, class_labels, soft_nearest_neighbor_loss
+from lightning_methods.snnl.temperature import median_temperature, optimal_temperature
 
 
 class Entanglement(Metric):

@@ -36,6 +36,8 @@ GROUPS = {
     "foreign": "`pytorch_lightning`",
 }
 
+SIGNS = {"yes": "✓", "refused": "refused"}
+
 Outcomes = Mapping[tuple[str, str], str]
 
 
@@ -59,10 +61,10 @@ def table(outcomes: Outcomes, recipes: Iterable[Recipe]) -> str:
         rows.setdefault(recipe.row, []).append(recipe)
     lines = [["", *GROUPS.values()], ["---", *[":-:"] * len(GROUPS)]]
     for row, members in rows.items():
-        lines.append([f"`{row}`".replace(", ", "`, ", 1).rstrip("`") if ", " in row else f"`{row}`"])
+        lines.append([row])
         for group in GROUPS:
             found = {outcomes[recipe.name, group] for recipe in members}
-            lines[-1].append({"yes": "✓", "refused": "refused"}[found.pop()] if len(found) == 1 else "in part")
+            lines[-1].append(SIGNS[found.pop()] if len(found) == 1 else "in part")
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

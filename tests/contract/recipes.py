@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_methods.errors import UnsupportedTraining
-from lightning_methods.snnl import Entanglement, SoftNearestNeighborLoss
-from lightning_methods.snnl.functional import (
-    median_temperature,
-    paper_temperature_step,
-    soft_nearest_neighbor_loss,
-)
+from lightning_methods.snnl import DeepKNN, Entanglement, SoftNearestNeighborLoss
+from lightning_methods.snnl.functional import soft_nearest_neighbor_loss
+from lightning_methods.snnl.temperature import median_temperature, paper_temperature_step
 from tests.support.training import Settings, TinyModule
 
 Module = Callable[[Settings], TinyModule]
@@ -28,7 +25,7 @@ class Recipe:
     Attributes:
         name: id in the tests.
         method: folder of the method.
-        row: row of the compatibility matrix; recipes of one row share it.
+        row: row of the compatibility matrix, in Markdown; recipes may share one.
         callbacks: builds what goes into the Trainer's callback list.
         module: builds the module that is trained.
         reference: builds the module that, trained without the callbacks, must end equal: the term written by hand into
@@ -111,7 +108,7 @@ RECIPES = [
     Recipe(
         "snnl-safe",
         "snnl",
-        "SoftNearestNeighborLoss",
+        "`SoftNearestNeighborLoss`",
         callbacks=lambda: [SoftNearestNeighborLoss(["first", "second"])],
         reference=SafeByHand,
         refused=_SNNL_REFUSED,
@@ -122,7 +119,7 @@ RECIPES = [
     Recipe(
         "snnl-paper",
         "snnl",
-        "SoftNearestNeighborLoss",
+        "`SoftNearestNeighborLoss`",
         callbacks=lambda: [
             SoftNearestNeighborLoss(
                 "second", preset="paper", weight=PAPER_WEIGHT, temperature="paper", log_prefix="paper"
@@ -137,7 +134,7 @@ RECIPES = [
     Recipe(
         "snnl-probe",
         "snnl",
-        "SoftNearestNeighborLoss, weight 0",
+        "`SoftNearestNeighborLoss`, weight 0",
         callbacks=lambda: [SoftNearestNeighborLoss(["first", "second", "head"], weight=0, log_prefix="probe")],
         probe=True,
         refused=_SNNL_REFUSED,
@@ -146,9 +143,16 @@ RECIPES = [
         tables=("probe/layers",),
     ),
     Recipe(
+        "deep-knn",
+        "snnl",
+        "`DeepKNN`",
+        callbacks=lambda: [DeepKNN(["first", "second"], k=3)],
+        probe=True,
+    ),
+    Recipe(
         "entanglement",
         "snnl",
-        "Entanglement",
+        "`Entanglement`",
         module=MeasuredModule,
         probe=True,
         scalars=("entanglement",),

@@ -35,7 +35,7 @@ def raised(outcome: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.case("ddp")
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(280)
 @pytest.mark.parametrize("batches", jobs.SAMPLES)
 def test_two_processes_equal_one_on_the_joined_batch(recipe: Recipe, batches, ranks, tmp_path):
     outcomes = [raised(rank[f"{recipe.name} {batches}"]) for rank in ranks]
@@ -53,7 +53,7 @@ def test_two_processes_equal_one_on_the_joined_batch(recipe: Recipe, batches, ra
 
 
 @pytest.mark.case("foreign")
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(280)
 def test_the_trainer_of_the_other_lightning(recipe: Recipe, foreign, record_property):
     outcome = raised(foreign[recipe.name])
     assert outcome["trainer"].startswith("pytorch_lightning.")

@@ -13,7 +13,7 @@ STEPS = 5  # per epoch
 
 
 @pytest.mark.case("resume")
-@pytest.mark.parametrize("when", [1, STEPS + 2, "epoch end"])
+@pytest.mark.parametrize("when", [1, STEPS + 2, 2 * STEPS, "epoch end"])
 def test_resumed_equals_uninterrupted(recipe, tmp_path, when):
     saved = tmp_path / "saved.ckpt"
 

@@ -88,7 +88,7 @@ def test_commands_run(path: Path, at_home: Path) -> None:
             elif words[0] == "python":
                 assert (ROOT / words[1]).is_file()
             else:
-                assert words[0] == "lightning-methods", f"{name_of(path)} shows {line!r}, which no test knows how to run"
+                assert words[0] == "lightning-methods", f"{name_of(path)}: no test knows how to run {line!r}"
                 assert main(short(words)[1:]) in (0, 1 if words[1] == "doctor" else 0)
 
 
@@ -118,7 +118,7 @@ def test_sweeps_call_what_exists(path: Path, at_home: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=name_of)
-def test_examples_run(path: Path, at_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_examples_run(path: Path, at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With W&B offline, as the README shows it: curves, pictures and a table are on disk."""
     runpy.run_path(str(path), run_name="__main__")
     printed = capsys.readouterr().out

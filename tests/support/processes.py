@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-def run_ranks(function: str, world_size: int, folder: Path, *, timeout: float = 150, **variables: str) -> list[Any]:
+def run_ranks(function: str, world_size: int, folder: Path, *, timeout: float = 240, **variables: str) -> list[Any]:
     """Return what `module:function` returned on each rank, in rank order; a rank that fails or hangs is an error.
 
     The function is called without arguments in fresh interpreters, with `variables` in their environment and for more
