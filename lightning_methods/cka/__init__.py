@@ -1,0 +1,28 @@
+"""Similarity of representations: compare layers, networks and moments of training by CKA and its relatives."""
+
+from lightning_methods.cka.functional import (
+    cca,
+    cka,
+    hsic,
+    kernel_target_alignment,
+    linear_regression_r2,
+    procrustes,
+    pwcca,
+    svcca,
+)
+from lightning_methods.cka.matrix import similarity_matrix
+from lightning_methods.cka.metric import MinibatchCKA, StreamingCKA
+
+__all__ = [
+    "MinibatchCKA",
+    "StreamingCKA",
+    "cca",
+    "cka",
+    "hsic",
+    "kernel_target_alignment",
+    "linear_regression_r2",
+    "procrustes",
+    "pwcca",
+    "similarity_matrix",
+    "svcca",
+]

@@ -1,0 +1,637 @@
+"""Similarity of representations: CKA and its relatives (Kornblith, Norouzi, Lee and Hinton, ICML 2019).
+
+All indices compare `n` samples as seen by two layers, centre the features first, and treat wider tensors as flattened.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, ParamSpec
+
+import torch
+from torch import Tensor
+
+from lightning_methods.errors import InvalidArgument, LightningMethodsWarning, ShapeMismatch, check_choice
+
+Kernel = Literal["linear", "rbf"]
+P = ParamSpec("P")
+
+# below so many samples a Gram matrix costs nothing, and its products are exact where those of features cancel
+FEW_SAMPLES = 128
+# up to so many samples all distances are ordered to find their median
+_ORDERED_SAMPLES = 512
+# entries of a matrix of distances that are held at a time: on a CPU what stays in its cache
+_CPU_ELEMENTS, _DEVICE_ELEMENTS = 2**18, 2**25
+
+
+def _full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Switch autocast off: products of features in half precision lose what distinguishes layers."""
+
+    @functools.wraps(function)
+    def computed(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        with torch.autocast(given[0].device.type if given else "cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return computed
+
+
+@_full_precision
+def cka(
+    x: Tensor,
+    y: Tensor,
+    *,
+    kernel: Kernel = "linear",
+    debiased: bool = False,
+    bandwidth: float = 0.5,
+    zero_division: float = math.nan,
+) -> Tensor:
+    r"""Return the centered kernel alignment of two representations, 1 for the same up to rotation and scale.
+
+    .. math:: \mathrm{CKA}(K, L) = \frac{\mathrm{HSIC}(K, L)}{\sqrt{\mathrm{HSIC}(K, K)\,\mathrm{HSIC}(L, L)}}
+        \qquad \text{linear, biased:}\quad \frac{\|Y^T X\|_F^2}{\|X^T X\|_F\,\|Y^T Y\|_F}
+
+    Shapes:
+        x `(n, ...)`, y `(n, ...)`, flattened to rows; returns a scalar.
+
+    Args:
+        x: features of `n` samples, n at least 2 (4 if debiased); half precisions are computed in float32.
+        y: features of the same samples, of any width.
+        kernel: `"linear"` or `"rbf"`.
+        debiased: use the unbiased estimator of HSIC, which does not grow with the width; it can be negative.
+        bandwidth: of the RBF kernel, as a fraction of the median distance (0.2, 0.4 and 0.8 are usual). The median is
+            over all `n * n` pairs, those of a sample with itself included, and has a gradient.
+        zero_division: what to return where a representation does not vary at all.
+
+    Raises:
+        ShapeMismatch: if the numbers of samples differ, or there are too few.
+        InvalidArgument: for an unknown kernel or a bandwidth that is not positive.
+
+    Example:
+        >>> import torch
+        >>> x = torch.arange(12.0).reshape(6, 2) ** 2
+        >>> print(f"{cka(x, 3 * x.flip(1) + 1):.4f}")
+        1.0000
+    """
+    a, b = _pair(x, y, smallest=4 if debiased else 2)
+    return _alignment(a, b, (kernel, kernel), debiased, bandwidth, zero_division)
+
+
+@_full_precision
+def hsic(x: Tensor, y: Tensor, *, kernel: Kernel = "linear", debiased: bool = False, bandwidth: float = 0.5) -> Tensor:
+    r"""Return the Hilbert-Schmidt independence criterion of two representations, the unnormalised CKA.
+
+    .. math:: \mathrm{HSIC}_0 = \frac{\mathrm{tr}(KHLH)}{(n-1)^2}, \qquad
+        \mathrm{HSIC}_1 = \frac{\langle \tilde K, \tilde L \rangle}{n (n - 3)} \text{, U-centred } \tilde K, \tilde L
+
+    Shapes:
+        x `(n, ...)`, y `(n, ...)`; returns a scalar.
+
+    Args:
+        x: features of `n` samples.
+        y: features of the same samples.
+        kernel: `"linear"` or `"rbf"`.
+        debiased: the unbiased estimator of Song et al. 2012, with `n` at least 4.
+        bandwidth: of the RBF kernel, as a fraction of the median distance.
+
+    Raises:
+        ShapeMismatch: if the numbers of samples differ, or there are too few.
+        InvalidArgument: for an unknown kernel or a bandwidth that is not positive.
+
+    Example:
+        >>> import torch
+        >>> print(f"{hsic(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [3.0]])):.1f}")
+        4.0
+    """
+    a, b = _pair(x, y, smallest=4 if debiased else 2)
+    (p, scale_p), (q, scale_q) = centred(a), centred(b)
+    gram_x, gram_y, inner = _operands(p, q, (kernel, kernel), debiased, bandwidth)
+    value = inner(gram_x, gram_y) / hsic_divisor(len(a), debiased=debiased)
+    return (value * (scale_p.double() * scale_q).square() if kernel == "linear" else value).to(a.dtype)
+
+
+@_full_precision
+def kernel_target_alignment(
+    x: Tensor, labels: Tensor, *, kernel: Kernel = "linear", debiased: bool = False, bandwidth: float = 0.5
+) -> Tensor:
+    """Return how well a representation is aligned with the labels: CKA with the kernel that is 1 within a class.
+
+    Shapes:
+        x `(n, ...)`, labels `(n,)`; returns a scalar.
+
+    Args:
+        x: features of `n` samples.
+        labels: integer class of each sample.
+        kernel: of the features.
+        debiased: use the unbiased estimator of HSIC.
+        bandwidth: of the RBF kernel, as a fraction of the median distance.
+
+    Raises:
+        ShapeMismatch: if there is not one label per sample.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
+        >>> print(f"{kernel_target_alignment(x, torch.tensor([0, 0, 1, 1])):.2f}")
+        1.00
+    """
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        raise ShapeMismatch(
+            f"The labels are {tuple(labels.shape)} of {labels.dtype}; one integer class per sample, (n,), is needed."
+        )
+    onehot = torch.nn.functional.one_hot(labels.unique(return_inverse=True)[1])
+    a, b = _pair(x, onehot.to(x.device), smallest=4 if debiased else 2)
+    return _alignment(a, b, (kernel, "linear"), debiased, bandwidth, math.nan)
+
+
+@_full_precision
+def cca(x: Tensor, y: Tensor, *, statistic: Literal["rho", "r2"] = "rho", center: bool = True) -> Tensor:
+    r"""Return the mean canonical correlation, or the mean squared one, of two representations.
+
+    .. math:: \bar\rho = \frac{\|Q_Y^T Q_X\|_*}{\min(r_X, r_Y)}, \qquad
+        R^2_{\mathrm{CCA}} = \frac{\|Q_Y^T Q_X\|_F^2}{\min(r_X, r_Y)} \qquad \text{with orthonormal bases } Q
+        \text{ of the centred columns}
+
+    Shapes:
+        x `(n, ...)`, y `(n, ...)`; returns a scalar. With at least as many features as samples it is 1 for any two
+        representations, and a warning says so.
+
+    Args:
+        x: features of `n` samples.
+        y: features of the same samples.
+        statistic: `"rho"` or `"r2"`.
+        center: the paper's demo does not centre the columns.
+
+    Raises:
+        ShapeMismatch: if the numbers of samples differ, or there are less than 2.
+        InvalidArgument: for an unknown statistic.
+
+    Example:
+        >>> import torch
+        >>> x = torch.arange(12.0).reshape(6, 2) ** 2
+        >>> print(f"{cca(x, x @ torch.tensor([[1.0, 2.0], [0.0, 3.0]])):.4f}")
+        1.0000
+
+    Deviations from the paper: divided by the smaller rank, not by a width, so that dead and repeated features do not
+    count.
+    """
+    check_choice("statistic", statistic, ("rho", "r2"))
+    p, q = (basis(centred(z)[0] if center else z) for z in _pair(x, y))
+    warn_if_trivial("CCA", {"x": p, "y": q}, center=center)
+    return correlation(p, q, statistic)
+
+
+@_full_precision
+def svcca(x: Tensor, y: Tensor, *, statistic: Literal["rho", "r2"] = "rho", threshold: float = 0.99) -> Tensor:
+    """Return CCA of the leading principal components of two representations (Raghu et al. 2017).
+
+    Shapes:
+        x `(n, ...)`, y `(n, ...)`; returns a scalar.
+
+    Args:
+        x: features of `n` samples.
+        y: features of the same samples.
+        statistic: `"rho"` or `"r2"`.
+        threshold: share of the variance that the kept components hold, 0.99 in the paper.
+
+    Raises:
+        ShapeMismatch: if the numbers of samples differ, or there are less than 2.
+        InvalidArgument: for an unknown statistic or a threshold outside (0, 1].
+
+    Example:
+        >>> import torch
+        >>> x = torch.arange(12.0).reshape(6, 2) ** 2
+        >>> print(f"{svcca(x, 2 * x):.4f}")
+        1.0000
+    """
+    check_choice("statistic", statistic, ("rho", "r2"))
+    check_share("threshold", threshold)
+    p, q = (basis(centred(z)[0], threshold) for z in _pair(x, y))
+    warn_if_trivial("SVCCA", {"x": p, "y": q})
+    return correlation(p, q, statistic)
+
+
+@_full_precision
+def pwcca(x: Tensor, y: Tensor) -> Tensor:
+    r"""Return CCA with its directions weighted by how much of `x` they account for (Morcos et al. 2018).
+
+    .. math:: \frac{\sum_i \alpha_i \rho_i}{\sum_i \alpha_i}, \qquad \alpha_i = \sum_j |\langle h_i, x_j \rangle|
+
+    with the canonical directions `h_i` of `x` in sample space and the columns `x_j`. Not symmetric.
+
+    Shapes:
+        x `(n, ...)`, y `(n, ...)`; returns a scalar.
+
+    Args:
+        x: features of `n` samples, whose directions are weighted.
+        y: features of the same samples.
+
+    Raises:
+        ShapeMismatch: if the numbers of samples differ, or there are less than 2.
+
+    Example:
+        >>> import torch
+        >>> x = torch.arange(12.0).reshape(6, 2) ** 2
+        >>> print(f"{pwcca(x, 2 * x):.4f}")
+        1.0000
+    """
+    a, b = (centred(z)[0] for z in _pair(x, y))
+    p, q = basis(a), basis(b)
+    warn_if_trivial("PWCCA", {"x": p, "y": q})
+    return weighted_correlation(a, p, q)
+
+
+@_full_precision
+def linear_regression_r2(x: Tensor, y: Tensor) -> Tensor:
+    r"""Return the share of the variance of `x` that a linear map of `y` explains.
+
+    .. math:: R^2_{LR} = \frac{\|Q_Y^T X\|_F^2}{\|X\|_F^2}
+
+    Shapes:
+        x `(n, ...)`, y `(n, ...)`; returns a scalar.
+
+    Args:
+        x: features of `n` samples, which are predicted.
+        y: features of the same samples, from which they are.
+
+    Raises:
+        ShapeMismatch: if the numbers of samples differ, or there are less than 2.
+
+    Example:
+        >>> import torch
+        >>> x = torch.arange(12.0).reshape(6, 2) ** 2
+        >>> print(f"{linear_regression_r2(x[:, :1], x):.4f}")
+        1.0000
+    """
+    a, b = (centred(z)[0] for z in _pair(x, y))
+    q = basis(b)
+    warn_if_trivial("Linear regression", {"y": q})
+    return explained(a, q)
+
+
+@_full_precision
+def procrustes(x: Tensor, y: Tensor, *, kind: Literal["similarity", "distance", "angular"] = "similarity") -> Tensor:
+    r"""Return how well one representation can be rotated onto the other.
+
+    .. math:: s = \frac{\|X^T Y\|_*}{\|X\|_F \|Y\|_F}, \qquad d = 2 - 2 s, \qquad \theta = \arccos s
+
+    Shapes:
+        x `(n, ...)`, y `(n, ...)`, of any widths; returns a scalar.
+
+    Args:
+        x: features of `n` samples.
+        y: features of the same samples.
+        kind: the similarity `s` in [0, 1], the squared distance `d` (Ding et al. 2021), or the angle, a metric.
+
+    Raises:
+        ShapeMismatch: if the numbers of samples differ, or there are less than 2.
+        InvalidArgument: for an unknown kind.
+
+    Example:
+        >>> import torch
+        >>> x = torch.arange(12.0).reshape(6, 2) ** 2
+        >>> print(f"{procrustes(x, 5 * x.flip(1)):.4f}")
+        1.0000
+    """
+    check_choice("kind", kind, ("similarity", "distance", "angular"))
+    a, b = (unit_shape(centred(z)[0]) for z in _pair(x, y))
+    return procrustes_of(a, b, kind)
+
+
+# -- features ----------------------------------------------------------------------------------------------------------
+
+
+def feature_rows(x: Tensor, name: str) -> Tensor:
+    """Return features as rows `(n, p)` in float32 or float64."""
+    if not isinstance(x, Tensor):
+        raise InvalidArgument(f"{name} is a {type(x).__name__}; a tensor of features is needed.")
+    if x.is_complex():
+        raise InvalidArgument(f"{name} holds complex numbers; compare torch.view_as_real of it instead.")
+    if x.ndim < 2:
+        raise ShapeMismatch(
+            f"{name} has the shape {tuple(x.shape)}; (n, p) with one row per sample is needed, or (n, ...) to be "
+            f"flattened. A single feature is x[:, None]."
+        )
+    return x.flatten(1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def check_samples(counts: dict[str, int], smallest: int) -> None:
+    """Raise `ShapeMismatch` unless all have the same number of samples, and that is enough."""
+    if len(set(counts.values())) > 1:
+        first, *rest = counts.items()
+        other = next(c for c in rest if c[1] != first[1])
+        raise ShapeMismatch(
+            f"{first[0]} has {first[1]} samples and {other[0]} {other[1]}; features of the same samples in the same "
+            f"order are needed."
+        )
+    if (n := next(iter(counts.values()))) < smallest:
+        why = "the debiased estimator" if smallest == 4 else "any comparison"
+        raise ShapeMismatch(f"There are {n} samples; {why} needs at least {smallest}.")
+
+
+def _pair(x: Tensor, y: Tensor, *, smallest: int = 2) -> tuple[Tensor, Tensor]:
+    a, b = feature_rows(x, "x"), feature_rows(y, "y")
+    check_samples({"x": len(a), "y": len(b)}, smallest)
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
+
+
+def centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return centred features, divided by a power of 2 near their largest, and that power.
+
+    In float32 this keeps two to three digits more than centring the Gram matrix. The first row is subtracted before the
+    mean, which is exact for large offsets and makes constant features exactly 0; what varies by no more than rounding
+    is made 0 as well. No sum of squares overflows.
+    """
+    shift = x[:1].detach()
+    x = x - shift
+    x -= x.mean(0)
+    factor, scale = power_of_two(_largest(x), _largest(shift))
+    x *= factor
+    return x, scale
+
+
+def power_of_two(size: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a factor that brings `size` near 1, 0 if it is but rounding of `offset`, and what undoes it."""
+    rounding = size <= 8 * torch.finfo(size.dtype).eps * offset
+    scale = torch.where(rounding, 1.0, torch.exp2(torch.log2(size).floor().clamp(min=-126)))
+    return torch.where(rounding, 0.0, 1 / scale), scale
+
+
+def _largest(x: Tensor) -> Tensor:
+    if not x.numel():
+        return x.new_zeros(())
+    low, high = x.detach().aminmax()
+    return torch.maximum(-low, high)
+
+
+# -- HSIC --------------------------------------------------------------------------------------------------------------
+
+Inner = Callable[[Tensor, Tensor], Tensor]
+
+
+def _operands(
+    x: Tensor, y: Tensor, kernels: tuple[str, str], debiased: bool, bandwidth: float
+) -> tuple[Tensor, Tensor, Inner]:
+    """Return two representations and their inner product, in feature or in sample space, whichever is less work."""
+    check_kernel(kernels[0], bandwidth)
+    n, p, q = len(x), x.shape[1], y.shape[1]
+    if "rbf" not in kernels and n >= FEW_SAMPLES and p * p + q * q + p * q < n * (p + q):
+        return x, y, _debiased_features if debiased else _features
+    grams = [_centred_gram(z, kernel, debiased, bandwidth) for z, kernel in zip((x, y), kernels, strict=True)]
+    return grams[0], grams[1], _entries
+
+
+def _entries(gram_x: Tensor, gram_y: Tensor) -> Tensor:
+    return (gram_x * gram_y).sum().double()
+
+
+def _features(x: Tensor, y: Tensor) -> Tensor:
+    """Return `<K, L>` of linear Gram matrices from their features."""
+    return (x.T @ y).square().sum().double()
+
+
+def _debiased_features(x: Tensor, y: Tensor) -> Tensor:
+    lengths = [z.square().sum(1).double()[None] for z in (x, y)]
+    return debiased_products(_features(x, y), lengths[0], lengths[1])[0, 0]
+
+
+def debiased_products(products: Tensor, lengths_a: Tensor, lengths_b: Tensor) -> Tensor:
+    """Turn `||X^T Y||^2` of centred features into the product of U-centred Grams: `(A, B)`, `(A, n)`, `(B, n)`."""
+    n = lengths_a.shape[1]
+    totals = lengths_a.sum(1)[:, None] * lengths_b.sum(1)
+    return products - n / (n - 2) * (lengths_a @ lengths_b.T) + totals / ((n - 1) * (n - 2))
+
+
+def _centred_gram(x: Tensor, kernel: str, debiased: bool, bandwidth: float) -> Tensor:
+    """Return the Gram matrix of centred features, centred (`HKH`) or U-centred (Szekely and Rizzo 2014)."""
+    gram = x @ x.T
+    if kernel == "rbf":
+        lengths = gram.diagonal()
+        gram = torch.exp(-(lengths[:, None] + lengths - 2 * gram).clamp(min=0) / rbf_scale(x, bandwidth))
+    if not debiased:
+        return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    gram = gram.masked_fill(itself, 0.0)
+    means = gram_means(gram.sum(0), debiased=True)
+    return (gram - means - means[:, None]).masked_fill(itself, 0.0)
+
+
+def gram_means(sums: Tensor, *, debiased: bool) -> Tensor:
+    """Return what centring subtracts from row i and from column i, given row sums `(..., n)`, without the diagonal if
+    debiased.
+    """
+    n = sums.shape[-1]
+    total = sums.sum(-1, keepdim=True)
+    return sums / (n - 2) - total / (2 * (n - 1) * (n - 2)) if debiased else sums / n - total / (2 * n * n)
+
+
+def hsic_divisor(n: int, *, debiased: bool) -> int:
+    """Return what an inner product of centred Gram matrices is divided by to be HSIC."""
+    return n * (n - 3) if debiased else (n - 1) ** 2
+
+
+def significant(squares: Tensor, traces: Tensor, eps: float, *, cancels: bool) -> Tensor:
+    """Return squared norms of centred Grams, 0 where they are but rounding of a Gram matrix of that trace.
+
+    A layer in which a single sample is active has the debiased norm 0. Where it is the difference of larger numbers
+    (`cancels`), rounding leaves more.
+    """
+    return torch.where(squares <= traces.square() * (8 * eps if cancels else (16 * eps) ** 2), 0.0, squares)
+
+
+def normalised(cross: Tensor, squares_a: Tensor, squares_b: Tensor, zero_division: float) -> Tensor:
+    """Return the cosine from inner products and squared norms, of a shape that fits; NaN stays NaN."""
+    # the root of what is replaced has a finite gradient
+    root_a, root_b = (torch.where(s == 0, 1.0, s).sqrt() for s in (squares_a, squares_b))
+    return torch.where((squares_a == 0) | (squares_b == 0), zero_division, cross / (root_a * root_b))
+
+
+def _alignment(
+    x: Tensor, y: Tensor, kernels: tuple[str, str], debiased: bool, bandwidth: float, zero_division: float
+) -> Tensor:
+    a, b = centred(x)[0], centred(y)[0]
+    gram_x, gram_y, inner = _operands(a, b, kernels, debiased, bandwidth)
+    squares = []
+    for features, gram, kernel in ((a, gram_x, kernels[0]), (b, gram_y, kernels[1])):
+        square = inner(gram, gram)
+        trace = features.detach().square().sum() if kernel == "linear" else torch.ones_like(square) * len(features)
+        eps = torch.finfo(x.dtype).eps
+        squares.append(significant(square, trace.double(), eps, cancels=inner is _debiased_features))
+    return normalised(inner(gram_x, gram_y), squares[0], squares[1], zero_division).to(x.dtype)
+
+
+def check_kernel(kernel: str, bandwidth: float) -> None:
+    """Raise `InvalidArgument` for an unknown kernel or a bandwidth that is not positive."""
+    check_choice("kernel", kernel, ("linear", "rbf"))
+    if isinstance(bandwidth, str) or not (bandwidth > 0 and math.isfinite(bandwidth)):
+        raise InvalidArgument(f"bandwidth={bandwidth!r}: a positive fraction of the median distance is needed.")
+
+
+# -- the median distance -----------------------------------------------------------------------------------------------
+
+
+def rbf_scale(x: Tensor, bandwidth: float) -> Tensor:
+    """Return `2 sigma^2` with sigma a fraction of the median distance, infinite where that is 0."""
+    median = median_distance(x)
+    return torch.where(median == 0, math.inf, 2 * bandwidth**2 * median)
+
+
+def median_distance(x: Tensor) -> Tensor:
+    """Return the median of all `n^2` squared distances, the zeros of the diagonal included and the middle two averaged.
+
+    Exact, differentiable, and without holding the distances: a sample of pairs tells between which two values the
+    median is, and only the few per cent of distances between them are kept and ordered.
+    """
+    n = len(x)
+    if not x.isfinite().all():
+        return x.new_full((), math.nan)
+    # in order there are n zeros, then each distance of two samples twice; of those, counted once, these are the middle
+    half = n // 2
+    last = half * half - 1 if n % 2 else half * (half - 1)
+    first = last if n % 2 else last - 1
+    with torch.no_grad():
+        pairs = _ranked_pairs(x.detach(), max(first, 0), last)
+    ends = [(x[i] - x[j]).square().sum() for i, j in pairs]
+    return ends[1] / 2 if first < 0 else (ends[0] + ends[1]) / 2
+
+
+def _ranked_pairs(x: Tensor, first: int, last: int) -> list[Tensor]:
+    """Return the pairs of samples whose distances have these ranks among those of all pairs."""
+    low, high = _bracket(x, first / math.comb(len(x), 2))
+    while True:
+        below, values, pairs = 0, [], []
+        for start, distances in _distance_blocks(x):
+            below += int((distances < low).sum())
+            found = ((distances >= low) & (distances <= high)).nonzero()
+            values.append(distances[found[:, 0], found[:, 1]])
+            pairs.append(found + start)
+        inside, where = torch.cat(values), torch.cat(pairs)
+        if below <= first and last < below + len(inside):
+            return [where[inside.kthvalue(rank - below + 1).indices] for rank in (first, last)]
+        low, high = -1.0, torch.finfo(x.dtype).max  # the sample misled: order all of them
+
+
+def _distance_blocks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield squared distances of some rows and all from the first of them on; those of no interest are infinite."""
+    lengths = x.square().sum(1)
+    rows = max(1, (_CPU_ELEMENTS if x.device.type == "cpu" else _DEVICE_ELEMENTS) // len(x))
+    for start in range(0, len(x), rows):
+        stop = min(start + rows, len(x))
+        others = lengths[start:]
+        distances = torch.addmm(others[: stop - start, None] + others, x[start:stop], x[start:].T, alpha=-2)
+        distances = distances.clamp_(min=0)
+        square = distances[:, : stop - start]
+        square.masked_fill_(torch.ones_like(square, dtype=torch.bool).tril(), math.inf)
+        yield start, distances
+
+
+def _bracket(x: Tensor, share: float) -> tuple[float, float]:
+    """Return two distances between which the one at this share of all pairs is, five standard errors wide each way."""
+    n = len(x)
+    if n <= _ORDERED_SAMPLES:
+        return -1.0, torch.finfo(x.dtype).max
+    generator = torch.Generator().manual_seed(0)  # leaves the user's random numbers alone
+    x = x[torch.randperm(n, generator=generator).to(x.device)]
+    turns = range(1, n // _ORDERED_SAMPLES + 1)
+    sample = torch.cat([(x - x.roll(turn, 0)).square().sum(1) for turn in turns]).sort().values
+    margin = 2.5 / math.sqrt(len(sample))
+    low, high = (int((share + m) * len(sample)) for m in (-margin, margin))
+    return float(sample[max(low, 0)]), float(sample[min(high, len(sample) - 1)])
+
+
+# -- bases -------------------------------------------------------------------------------------------------------------
+
+
+def compact(x: Tensor) -> Tensor:
+    """Return features of at most `n` columns with the same Gram matrix, and the same derivative of it."""
+    if x.shape[1] <= len(x):
+        return x
+    with torch.no_grad():
+        directions = torch.linalg.qr(x.detach().T).Q
+    return x @ directions
+
+
+def basis(x: Tensor, threshold: float | None = None) -> Tensor:
+    """Return an orthonormal basis of the columns of x, or of its components that hold a share of the variance.
+
+    Shapes:
+        `(n, p)`; returns `(n, r)`, with NaN in one column if x is not finite.
+    """
+    if not x.isfinite().all():
+        return x.new_full((len(x), 1), math.nan)
+    tolerance = max(x.shape) * torch.finfo(x.dtype).eps
+    x = compact(x)
+    with torch.no_grad():
+        u, s, vh = torch.linalg.svd(x.detach(), full_matrices=False)
+        rank = int((s > s[:1] * tolerance).sum())
+        shares = s.square().cumsum(0) / s.square().sum()
+        kept = rank if threshold is None else min(rank, int((shares < threshold).sum()) + 1)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return u[:, :kept]
+    if kept < rank:
+        return torch.linalg.svd(x @ vh[:rank].T, full_matrices=False).U[:, :kept]
+    # with these columns whitened there is a basis without the gradient of singular vectors, which repeated values break
+    white = x @ (vh[:rank].T / s[:rank])
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(white.T @ white), white.T, upper=False).T
+
+
+def correlation(p: Tensor, q: Tensor, statistic: str) -> Tensor:
+    """Return the mean canonical correlation of two bases, or the mean squared one."""
+    products = q.T @ p
+    total = nuclear_norm(products) if statistic == "rho" else products.square().sum()
+    return total / min(products.shape)
+
+
+def weighted_correlation(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """Return PWCCA of features with the basis `p` and another basis."""
+    products = p.T @ q
+    if products.isnan().any():
+        return products.sum()
+    u, correlations, _ = torch.linalg.svd(products, full_matrices=False)
+    weights = ((p @ u).T @ x).abs().sum(1)
+    return (weights * correlations).sum() / weights.sum()
+
+
+def explained(x: Tensor, q: Tensor) -> Tensor:
+    """Return the share of the variance of centred features in the span of a basis."""
+    return (q.T @ x).square().sum() / x.square().sum()
+
+
+def unit_shape(x: Tensor) -> Tensor:
+    """Return centred features of Frobenius norm 1, of at most `n` columns."""
+    return compact(x / torch.linalg.vector_norm(x))
+
+
+def procrustes_of(x: Tensor, y: Tensor, kind: str) -> Tensor:
+    """Return a Procrustes measure of two unit shapes."""
+    similarity = nuclear_norm(x.T @ y)
+    if kind == "similarity":
+        return similarity
+    return 2 - 2 * similarity if kind == "distance" else similarity.clamp(max=1).arccos()
+
+
+def nuclear_norm(matrix: Tensor) -> Tensor:
+    """Return the sum of the singular values, NaN of what is not finite."""
+    return torch.linalg.svdvals(matrix).sum() if matrix.isfinite().all() else matrix.sum() * math.nan
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise `InvalidArgument` unless a value is in (0, 1]."""
+    if isinstance(value, str) or not 0 < value <= 1:
+        raise InvalidArgument(f"{name}={value!r}: a share of the variance in (0, 1] is needed.")
+
+
+def warn_if_trivial(index: str, bases: Mapping[str, Tensor], *, center: bool = True, stacklevel: int = 4) -> None:
+    """Warn where a representation spans all that `n` samples can: it then predicts any other perfectly."""
+    full = [f"{name} ({len(q)} samples)" for name, q in bases.items() if q.shape[1] >= len(q) - center]
+    if full:
+        warnings.warn(
+            f"{index} is 1 whatever is compared, because the rank is as large as the number of samples allows: "
+            f"{', '.join(full)}. Use more samples than features, or index 'cka' or 'procrustes'.",
+            LightningMethodsWarning,
+            stacklevel=stacklevel,
+        )
