@@ -15,6 +15,9 @@ _EXPORTS = {
     "SoftNearestNeighborLoss": "snnl",
     "Entanglement": "snnl",
     "DeepKNN": "snnl",
+    "RepresentationSimilarity": "cka",
+    "MinibatchCKA": "cka",
+    "StreamingCKA": "cka",
     "DigitsDataModule": "data",
     "MNISTDataModule": "data",
     "CIFAR10DataModule": "data",
@@ -28,6 +31,9 @@ _EXPORTS = {
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
+    from lightning_methods.cka import MinibatchCKA as MinibatchCKA
+    from lightning_methods.cka import RepresentationSimilarity as RepresentationSimilarity
+    from lightning_methods.cka import StreamingCKA as StreamingCKA
     from lightning_methods.cli.save_config import LoggerSaveConfig as LoggerSaveConfig
     from lightning_methods.data import CIFAR10DataModule as CIFAR10DataModule
     from lightning_methods.data import DigitsDataModule as DigitsDataModule

@@ -1,5 +1,6 @@
 """Similarity of representations: compare layers, networks and moments of training by CKA and its relatives."""
 
+from lightning_methods.cka.callback import RepresentationSimilarity
 from lightning_methods.cka.functional import (
     cca,
     cka,
@@ -10,16 +11,20 @@ from lightning_methods.cka.functional import (
     pwcca,
     svcca,
 )
+from lightning_methods.cka.influence import bootstrap_cka, leave_one_out_cka
 from lightning_methods.cka.matrix import similarity_matrix
 from lightning_methods.cka.metric import MinibatchCKA, StreamingCKA
 
 __all__ = [
     "MinibatchCKA",
+    "RepresentationSimilarity",
     "StreamingCKA",
+    "bootstrap_cka",
     "cca",
     "cka",
     "hsic",
     "kernel_target_alignment",
+    "leave_one_out_cka",
     "linear_regression_r2",
     "procrustes",
     "pwcca",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_methods.cka import RepresentationSimilarity
 from lightning_methods.errors import UnsupportedTraining
 from lightning_methods.snnl import DeepKNN, Entanglement, SoftNearestNeighborLoss
 from lightning_methods.snnl.functional import soft_nearest_neighbor_loss
@@ -156,6 +157,17 @@ RECIPES = [
         module=MeasuredModule,
         probe=True,
         scalars=("entanglement",),
+        local=True,
+    ),
+    Recipe(
+        "cka",
+        "cka",
+        "`RepresentationSimilarity`",
+        callbacks=lambda: [RepresentationSimilarity(["first", "second", "head"], compare="init")],
+        probe=True,
+        scalars=("cka/similarity/second", "cka/influence/head"),
+        figures=("cka/heatmap", "cka/curves"),
+        tables=("cka/pairs", "cka/layers"),
         local=True,
     ),
 ]
