@@ -11,6 +11,7 @@ from lightning_methods.cka.functional import (
     pwcca,
     svcca,
 )
+from lightning_methods.cka.identification import layer_identification
 from lightning_methods.cka.influence import bootstrap_cka, leave_one_out_cka
 from lightning_methods.cka.matrix import similarity_matrix
 from lightning_methods.cka.metric import MinibatchCKA, StreamingCKA
@@ -24,6 +25,7 @@ __all__ = [
     "cka",
     "hsic",
     "kernel_target_alignment",
+    "layer_identification",
     "leave_one_out_cka",
     "linear_regression_r2",
     "procrustes",

@@ -33,6 +33,10 @@ COMMANDS = {
     "validate": Command("lightning_methods.cli.app:validate", "evaluate on the validation data"),
     "test": Command("lightning_methods.cli.app:test", "evaluate on the test data"),
     "predict": Command("lightning_methods.cli.app:predict", "predict with a trained model"),
+    "similarity": Command("lightning_methods.cli.similarity:compare", "compare the layers of two checkpoints"),
+    "layer-identification": Command(
+        "lightning_methods.cli.similarity:identify", "whether each layer finds its twin in checkpoints of other seeds"
+    ),
     "list": Command("lightning_methods.cli.cards:list_techniques", "the techniques, their classes and papers"),
     "card": Command(
         "lightning_methods.cli.cards:show_card", "all about one technique: use, settings, evidence, limits"
@@ -90,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, rest: list[str]) -> int:
     if name in {"-h", "--help", "help"}:
-        print(_USAGE.format(commands="\n".join(f"  {n:<11} {command.help}" for n, command in COMMANDS.items())))
+        print(_USAGE.format(commands="\n".join(f"  {n:<20} {command.help}" for n, command in COMMANDS.items())))
         return 0
     if name == "--version":
         from lightning_methods import __version__

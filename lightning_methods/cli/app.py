@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -80,6 +84,40 @@ def run(command: str, argv: Sequence[str]) -> int:
         except MisconfigurationException as error:
             raise InvalidArgument(str(error)) from error
     return 0
+
+
+def build(path: str) -> tuple[LightningModule, LightningDataModule | None]:
+    """Build the model and the data of a configuration that `fit` saved or takes, without a run.
+
+    Args:
+        path: a YAML file with `model` and, for data beside the model, `data`.
+
+    Raises:
+        InvalidArgument: if there is no such file, or it describes no model.
+
+    Example:
+        >>> model, data = build("configs/cka/digits.yaml")  # doctest: +SKIP
+    """
+    try:
+        config: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise InvalidArgument(f"{path} cannot be read as a configuration: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict) or not config.get("model"):
+        raise InvalidArgument(f"{path} describes no model; the config.yaml of a run is needed.")
+    # neither the run's trainer, whose loggers would start, nor what belongs to one subcommand only
+    wanted: dict[str, Any] = {k: config[k] for k in ("model", "data") if config.get(k)}
+    wanted["seed_everything"] = False
+    wanted["trainer"] = {"logger": False, "accelerator": "cpu", "enable_checkpointing": False}
+    with _as_process_arguments([]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter.*")
+        cli = MethodsCLI(
+            args=wanted,
+            run=False,
+            save_config_callback=None,
+            parser_class=ReadableParser,
+            parser_kwargs={"prog": PROGRAM},
+        )
+    return cli.model, cli.datamodule
 
 
 fit, validate, test, predict = (partial(run, command) for command in ("fit", "validate", "test", "predict"))
