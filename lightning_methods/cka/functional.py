@@ -138,6 +138,10 @@ def kernel_target_alignment(
         >>> print(f"{kernel_target_alignment(x, torch.tensor([0, 0, 1, 1])):.2f}")
         1.00
     """
+    if not isinstance(labels, Tensor):
+        raise InvalidArgument(
+            f"labels is a {type(labels).__name__}; a tensor of one integer class per sample is needed."
+        )
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
         raise ShapeMismatch(
             f"The labels are {tuple(labels.shape)} of {labels.dtype}; one integer class per sample, (n,), is needed."
@@ -511,7 +515,8 @@ def _ranked_pairs(x: Tensor, first: int, last: int) -> list[Tensor]:
             pairs.append(found + start)
         inside, where = torch.cat(values), torch.cat(pairs)
         if below <= first and last < below + len(inside):
-            return [where[inside.kthvalue(rank - below + 1).indices] for rank in (first, last)]
+            order = inside.argsort()
+            return [where[order[rank - below]] for rank in (first, last)]
         low, high = -1.0, torch.finfo(x.dtype).max  # the sample misled: order all of them
 
 
@@ -568,7 +573,8 @@ def basis(x: Tensor, threshold: float | None = None) -> Tensor:
     with torch.no_grad():
         u, s, vh = torch.linalg.svd(x.detach(), full_matrices=False)
         rank = int((s > s[:1] * tolerance).sum())
-        shares = s.square().cumsum(0) / s.square().sum()
+        variances = s.double().cpu().square()  # on an accelerator a running sum is not deterministic
+        shares = variances.cumsum(0) / variances.sum()
         kept = rank if threshold is None else min(rank, int((shares < threshold).sum()) + 1)
     if not (x.requires_grad and torch.is_grad_enabled()):
         return u[:, :kept]

@@ -42,6 +42,7 @@ class _LayerPairs(Metric):
         for name in sums:
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self._names: tuple[list[str] | None, list[str] | None] | None = None
+        self._shape: list[int] | None = None
         self._in_forward = False
 
     def reset(self) -> None:
@@ -81,8 +82,10 @@ class _LayerPairs(Metric):
         a, b = self._in_order(a, self._names[0]), b and self._in_order(b, self._names[1])
         shape = [len(a.rows), len(b.rows) if b else -1]
         shape += a.widths + (b.widths if b else []) if with_widths else []
-        self._check(shape)
-        self.layers = torch.tensor(shape, device=self.device)
+        if self.layers.ndim == 0 or shape != self._shape:  # else there is nothing to wait for on a device
+            self._check(shape)
+            self.layers = torch.tensor(shape, device=self.device)
+            self._shape = shape
         return a, b
 
     def _in_order(self, side: Layers, names: list[str] | None) -> Layers:
@@ -324,10 +327,10 @@ class StreamingCKA(_LayerPairs):
             self.origin = torch.nan_to_num(torch.cat([x[0] for x in rows]), posinf=0.0, neginf=0.0)
         rows = [x - o for x, o in zip(rows, self.origin.split([x.shape[1] for x in rows]), strict=True)]
         extended_a = _extended(rows[: len(a.rows)])
+        extended_b = extended_a if b is None else _extended(rows[len(a.rows) :])
+        self.moments = _plus_product(self.moments, extended_a, extended_b)
         if b is None:
-            self.moments = self.moments + extended_a.T @ extended_a
             return
-        self.moments = self.moments + extended_a.T @ _extended(rows[len(a.rows) :])
         self.selves = self.selves + torch.cat([(z.T @ z).flatten() for z in (_extended([x]) for x in rows)])
 
     def compute(self) -> Tensor:
@@ -403,6 +406,13 @@ def _extended(rows: list[Tensor]) -> Tensor:
     """Return for each sample all features, the squared lengths of all layers, and 1: `(n, P + L + 1)`."""
     lengths = [x.square().sum(1, keepdim=True) for x in rows]
     return torch.cat([*rows, *lengths, rows[0].new_ones(len(rows[0]), 1)], 1)
+
+
+def _plus_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Return `total + x^T y`, in place where that may be done."""
+    if total.ndim == 0 or (total.is_inference() and not torch.is_inference_mode_enabled()):
+        return total + x.T @ y
+    return total.addmm_(x.T, y)
 
 
 def _layer_sums(values: Tensor, widths: list[int], dim: int) -> Tensor:

@@ -522,6 +522,7 @@ def test_samples_must_fit(case: Any) -> None:
         (lambda x: svcca(x, x, threshold=0.0), InvalidArgument, "threshold=0.0: a share"),
         (lambda x: procrustes(x, x, kind="angle"), InvalidArgument, "Did you mean 'angular'"),
         (lambda x: kernel_target_alignment(x, x), ShapeMismatch, "one integer class per sample"),
+        (lambda x: kernel_target_alignment(x, [0] * 10), InvalidArgument, "labels is a list"),
         (lambda x: kernel_target_alignment(x, torch.ones(10)), ShapeMismatch, "torch.float32"),
         (lambda x: kernel_target_alignment(x, torch.arange(9)), ShapeMismatch, "10 samples"),
         (lambda x: similarity_matrix([x], index="ckaa"), InvalidArgument, "index='ckaa' is not known"),

@@ -498,6 +498,18 @@ def test_moves_with_its_module(make: Any) -> None:
 
 
 @both
+def test_inference_mode_comes_and_goes(make: Any) -> None:
+    batches = split(made(), 20)
+    metric = make()
+    with torch.inference_mode():
+        updated(metric, batches[:1])
+    updated(metric, batches[1:2])
+    with torch.inference_mode():
+        value = updated(metric, batches[2:]).compute()
+    close(value, updated(make(), batches).compute(), 1e-14)
+
+
+@both
 @pytest.mark.parametrize("copy", [deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_go_on_where_the_original_was(copy: Callable[[Any], Any], make: Any) -> None:
     batches = split(made(), 20)
