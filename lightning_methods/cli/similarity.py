@@ -18,7 +18,7 @@ from lightning_methods.cli.app import build
 from lightning_methods.core.batches import inputs_of
 from lightning_methods.core.taps import FeatureTaps
 from lightning_methods.errors import InvalidArgument
-from lightning_methods.report import heatmap
+from lightning_methods.report import heatmap, shorten
 
 _INDICES = ("cka", "hsic", "cca", "svcca", "pwcca", "linear_regression", "procrustes")
 
@@ -162,21 +162,22 @@ def _print_table(matrix: Tensor, rows: list[str], columns: list[str], args: argp
         best = int(matrix[i].nan_to_num(nan=-torch.inf).argmax())
         known = bool(matrix[i].isfinite().any())
         table.add_row(row, own, columns[best] if known else "", f"{float(matrix[i, best]):.3f}" if known else "nan")
-    table.title = f"{args.index} between {Path(args.checkpoints[0]).name} and {Path(args.checkpoints[1]).name}"
+    table.title = f"{args.index}: rows of {args.checkpoints[0]}, against {args.checkpoints[1]}"
     Console(width=120).print(table, markup=False)
 
 
 def _write(matrix: Tensor, rows: list[str], columns: list[str], args: argparse.Namespace) -> list[Path]:
     folder = Path(args.output)
     share = args.index != "hsic"
+    y_label, x_label = (shorten(path, 40) for path in args.checkpoints)
     figure = heatmap(
         matrix,
         rows,
         columns,
         title="Similarity of the layers",
         value_label=args.index,
-        x_label=Path(args.checkpoints[1]).name,
-        y_label=Path(args.checkpoints[0]).name,
+        x_label=x_label,
+        y_label=y_label,
         vmin=0.0 if share else None,
         vmax=1.0 if share else None,
     )
