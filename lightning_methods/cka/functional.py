@@ -346,14 +346,13 @@ def _pair(x: Tensor, y: Tensor, *, smallest: int = 2) -> tuple[Tensor, Tensor]:
 def centred(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return centred features, divided by a power of 2 near their largest, and that power.
 
-    In float32 this keeps two to three digits more than centring the Gram matrix. The first row is subtracted before the
-    mean, which is exact for large offsets and makes constant features exactly 0; what varies by no more than rounding
-    is made 0 as well. No sum of squares overflows.
+    In float32 this keeps two to three digits more than centring the Gram matrix; the mean of large numbers is itself
+    rounded, hence the second one. What varies by no more than rounding is made 0, and no sum of squares overflows.
     """
-    shift = x[:1].detach()
-    x = x - shift
+    offset = _largest(x[:1])
+    x = x - x.mean(0)
     x -= x.mean(0)
-    factor, scale = power_of_two(_largest(x), _largest(shift))
+    factor, scale = power_of_two(_largest(x), offset)
     x *= factor
     return x, scale
 

@@ -272,7 +272,7 @@ class StreamingCKA(_LayerPairs):
         - \frac{n}{n-2} \sum_i \|x_i\|^2 \|y_i\|^2 + \frac{\|X\|_F^2 \|Y\|_F^2}{(n-1)(n-2)},
 
     and all three follow from sums over samples of products of `(x, |x|^2, 1)` with `(y, |y|^2, 1)`, whatever is
-    subtracted from the features: here their first sample, in float64.
+    subtracted from the features: here the median of the first batch, in float64.
 
     Shapes:
         `update` takes the features of `A` and `B` layers, `(n, ...)` each; `compute` returns `(A, B)` in float64
@@ -324,7 +324,8 @@ class StreamingCKA(_LayerPairs):
             return
         rows = [x.to(self.device, torch.float64) for x in (*a.rows, *(b.rows if b else []))]
         if self.origin.ndim == 0:
-            self.origin = torch.nan_to_num(torch.cat([x[0] for x in rows]), posinf=0.0, neginf=0.0)
+            # near most samples whatever the first ones are, and exactly the value of a feature that does not vary
+            self.origin = torch.nan_to_num(torch.cat([x.median(0).values for x in rows]), posinf=0.0, neginf=0.0)
         rows = [x - o for x, o in zip(rows, self.origin.split([x.shape[1] for x in rows]), strict=True)]
         extended_a = _extended(rows[: len(a.rows)])
         extended_b = extended_a if b is None else _extended(rows[len(a.rows) :])

@@ -277,6 +277,14 @@ def test_float32_with_large_means(settings: Any, width: int) -> None:
     assert cka(x, y, **settings).dtype == torch.float32
 
 
+def test_float32_with_an_outlier_first() -> None:
+    x, y = (z.float() for z in made(60, 5, 3))
+    x[0] = 1e4
+    exact = cka(x.double(), y.double(), debiased=True)
+    assert float(cka(x, y, debiased=True)) == pytest.approx(float(exact), abs=1e-5)
+    assert float(similarity_matrix([x], [y], debiased=True)) == pytest.approx(float(exact), abs=1e-5)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e18])
 @pytest.mark.parametrize("settings", KERNELS, ids=str)
 def test_scale_neither_overflows_nor_vanishes(settings: Any, scale: float) -> None:
