@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from lightning_methods.report.style import MUTED, color_cycle, decorate, new_figure
 
 PLAIN = "cross-entropy"
-ENTANGLED = ("paper preset", "paper temperature", "safe preset")
+ENTANGLED = ("paper preset", "paper temperature", "safe preset", "weight -0.1")
 TITLES = {"digits": "scikit-learn's digits", "mnist": "MNIST", "mnist-unit": "MNIST, pixels 0 to 1"}
 SCORES = {
     "same_class_neighbors": "neighbours of the predicted class",
@@ -24,12 +24,11 @@ SCORES = {
 }
 COMMANDS = (
     "python evidence/snnl/run.py --part claims",
-    "python evidence/snnl/run.py --part safety --data digits --networks MLP SmallConvNet",
-    "python evidence/snnl/run.py --part safety --data mnist --networks ConvNet --temperatures median 100 --seeds 2",
-    "python evidence/snnl/run.py --part safety --data digits --networks ResNet-8 --temperatures median 100 --seeds 2 "
-    "--weights -1 -0.1 -0.03",
+    "python evidence/snnl/run.py --part safety --networks MLP SmallConvNet --temperatures optimal paper 100",
+    "python evidence/snnl/run.py --part safety --networks ConvNet ResNet-8 --temperatures 100 --seeds 2",
     "python evidence/snnl/run.py --part safety --networks ConvNet ResNet-8 --temperatures median --seeds 2 "
     "--weights -0.000001 --repeated -0.000001",
+    "python evidence/snnl/run.py --part safety --temperatures median --weights -0.3 -0.1 -0.03 --repeated -0.1",
     "python evidence/snnl/run.py --part report",
 )
 NOT_WORSE = 0.5  # points of accuracy
@@ -134,6 +133,8 @@ def _c1(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _c2(runs: dict[str, list[dict[str, Any]]], condition: str) -> str:
+    if condition not in runs:
+        return "not run"
     gain = accuracy_gain(runs, condition)
     words = [f"accuracy **{sign_of(gain, NOT_WORSE)}**: {shown(gain)} points"]
     for temperature, name in (("100.0", "T=100"), ("optimal", "best T")):
@@ -144,6 +145,8 @@ def _c2(runs: dict[str, list[dict[str, Any]]], condition: str) -> str:
 
 
 def _c3(runs: dict[str, list[dict[str, Any]]], condition: str) -> str:
+    if condition not in runs:
+        return "not run"
     words = []
     for kind in runs[PLAIN][0]["auroc"]:
         gain = auroc_gain(runs, condition, kind, "same_class_neighbors")

@@ -55,6 +55,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "paper preset": dict(zip(("weight", "temperature"), PRESETS["paper"], strict=True)),
     "paper temperature": {"weight": -10.0, "temperature": "paper"},
     "safe preset": dict(zip(("weight", "temperature"), PRESETS["safe"], strict=True)),
+    "weight -0.1": {"weight": -0.1, "temperature": "median"},
     "positive weight": {"weight": 0.1, "temperature": "median"},
 }
 OPTIMIZERS: dict[str, Callable] = {

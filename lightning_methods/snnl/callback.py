@@ -28,7 +28,7 @@ from lightning_methods.snnl.temperature import median_temperature, optimal_tempe
 Temperature = float | Literal["median", "optimal", "paper"]
 
 #: (weight, temperature): a default that a newcomer cannot wreck a training with, and the released MNIST example
-PRESETS: dict[str, tuple[float, Temperature]] = {"safe": (-0.1, "median"), "paper": (-10.0, 100.0)}
+PRESETS: dict[str, tuple[float, Temperature]] = {"safe": (-0.03, "median"), "paper": (-10.0, 100.0)}
 
 _PAPER_INITIAL_TEMPERATURE = 100.0
 # for the class-pair matrix: batches of an epoch, samples of a batch, and the most classes that make a picture
@@ -53,7 +53,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
     Args:
         layers: names or patterns of the layers, see `lightning_methods.core.layers.match_layers`. All hidden layers in
             the paper, never the logits.
-        preset: `"safe"` (weight -0.1 at the median distance), or `"paper"`, the released MNIST example (weight -10 at
+        preset: `"safe"` (weight -0.03 at the median distance), or `"paper"`, the released MNIST example (weight -10 at
             the fixed temperature 100, meant for wide convolutional layers). `weight` and `temperature` override it.
         weight: :math:`\alpha`, for all layers or by layer name or pattern.
         temperature: a number in units of the distance; `"median"` of the distances in the batch; `"paper"` (one
@@ -84,7 +84,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_methods import SoftNearestNeighborLoss
-        >>> trainer = Trainer(callbacks=SoftNearestNeighborLoss("backbone.*", weight=-0.1), logger=False)
+        >>> trainer = Trainer(callbacks=SoftNearestNeighborLoss("backbone.*", weight=-0.03), logger=False)
 
     Deviations from the paper: the default weight and temperature (see `preset`); the paper's temperature steps are kept
     positive; samples without another one of their class do not count.

@@ -61,7 +61,7 @@ class SafeByHand(TinyModule):
         terms = []
         for name in ("first", "second"):
             h = layers[name]
-            terms.append(-0.1 * soft_nearest_neighbor_loss(h, y, median_temperature(h)))
+            terms.append(-0.03 * soft_nearest_neighbor_loss(h, y, median_temperature(h)))
         return self.own_loss(layers["head"], y) + (terms[0] + terms[1])
 
 

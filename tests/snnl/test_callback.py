@@ -98,7 +98,7 @@ def labelled(ignored: int) -> DataLoader:
 # -- as a loss: equal to the form written by hand ----------------------------------------------------------------------
 
 BY_HAND: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
-    "default": ({}, lambda h, y: -0.1 * soft_nearest_neighbor_loss(h, y, median_temperature(h))),
+    "default": ({}, lambda h, y: -0.03 * soft_nearest_neighbor_loss(h, y, median_temperature(h))),
     "paper's preset": (
         {"preset": "paper", "weight": -0.5},
         lambda h, y: -0.5 * soft_nearest_neighbor_loss(h, y, 100.0),
@@ -158,8 +158,8 @@ def test_layers_of_different_weight_add_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "weight", "temperature"),
     [
-        pytest.param({}, -0.1, "median", id="default"),
-        pytest.param({"preset": "safe"}, -0.1, "median", id="safe"),
+        pytest.param({}, -0.03, "median", id="default"),
+        pytest.param({"preset": "safe"}, -0.03, "median", id="safe"),
         pytest.param({"preset": "paper"}, -10.0, 100.0, id="paper"),
         pytest.param({"preset": "paper", "weight": -1.0}, -1.0, 100.0, id="paper, own weight"),
         pytest.param({"preset": "paper", "temperature": "paper"}, -10.0, "paper", id="paper, own temperature"),
