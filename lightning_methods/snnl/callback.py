@@ -239,7 +239,9 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         if len(classes) < 2 or int(classes.min()) < 0 or int(classes.max()) >= _CLASS_PAIR_CLASSES:
             return
         before = self.class_pairs.get(layer, torch.zeros(0, 0))
-        # at the temperature that tells the classes apart best, whatever the term uses
+        # at the temperature that tells the classes apart best, whatever the term uses; float32 would place a flat
+        # minimum differently on every machine
+        rows = rows.double()
         temperature, _ = optimal_temperature(rows, classes, distance=self.distance)
         size = max(int(classes.max()) + 1, len(before))
         pairs = class_entanglement(rows, classes, temperature, distance=self.distance, num_classes=size).cpu()
