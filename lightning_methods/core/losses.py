@@ -18,6 +18,7 @@ from lightning_methods.core._lightning import Callback, rank_zero_info, rank_zer
 from lightning_methods.core.batches import Selector, batch_size_of, targets_of
 from lightning_methods.core.gather import gather_rows, gather_sizes, local_rows, world_size
 from lightning_methods.core.layers import match_names
+from lightning_methods.core.means import EpochMeans
 from lightning_methods.core.taps import FeatureTaps, Pool
 from lightning_methods.errors import (
     BatchFormat,
@@ -247,6 +248,12 @@ class AuxiliaryLoss(Callback):
         self._layer_weights: dict[str, float] = {}
         self._module: Any = None
         self._balance = _Balance()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was measured in an earlier fit."""
+        self._epoch = 0
+        self._means = EpochMeans()
 
     @abstractmethod
     def layer_term(self, layer: str, batch: LayerBatch, step: TrainingStep) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -266,7 +273,15 @@ class AuxiliaryLoss(Callback):
         """Take in the labels of a step before its layers, and return what to log once; nothing by default."""
         return {}
 
+    def see_epoch(self, means: dict[str, float]) -> None:
+        """Take in the means of all that was logged in an epoch, without the prefix; nothing by default."""
+
     # -- life in the trainer -----------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget an earlier fit, unless it goes on; a checkpoint's state comes after this."""
+        if stage == "fit" and trainer.global_step == 0:
+            self.reset()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Resolve the layers and join the hub; here, since modules may be built as late as `configure_model`."""
@@ -281,6 +296,30 @@ class AuxiliaryLoss(Callback):
         self._balance = _Balance()
         by_weight = ", ".join(f"{layer} ({weight:g})" for layer, weight in self._layer_weights.items())
         rank_zero_info(f"{type(self).__name__}: layers, with their weights: {by_weight}")
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Close an epoch that was saved at its last batch: after resuming, Lightning calls none of its hooks again."""
+        if self._epoch != trainer.current_epoch:
+            self.see_epoch(self._means.close())
+        self._epoch = trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log the means of the epoch."""
+        means = self._means.close()
+        self.see_epoch(means)
+        if self.log_on == "epoch":
+            for key, value in means.items():
+                # the same number on every rank already
+                pl_module.log(f"{self.log_prefix}/{key}", value, sync_dist=world_size() > 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running epoch and its sums."""
+        return {"epoch": self._epoch, "means": self._means.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self._epoch = state_dict["epoch"]
+        self._means.load_state_dict(state_dict["means"])
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the module as it was."""
@@ -391,16 +430,10 @@ class AuxiliaryLoss(Callback):
         return weights
 
     def _log(self, step: TrainingStep, values: Mapping[str, Tensor | float], labels: Tensor) -> None:
-        on_step = self.log_on == "step"
-        for key, value in values.items():
-            step.module.log(
-                f"{self.log_prefix}/{key}",
-                value,
-                on_step=on_step,
-                on_epoch=not on_step,
-                batch_size=batch_size_of(labels),
-                sync_dist=world_size() > 1,
-            )
+        self._means.add(values, weight=batch_size_of(labels))
+        if self.log_on == "step":
+            for key, value in values.items():
+                step.module.log(f"{self.log_prefix}/{key}", value, batch_size=batch_size_of(labels))
 
 
 class _Balance:

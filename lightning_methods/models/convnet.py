@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from lightning_methods.errors import InvalidArgument
+from lightning_methods.models._chain import Chain
 from lightning_methods.models._init import he_init
 
 
-class ConvNet(nn.Sequential):
+class ConvNet(Chain):
     """The small network of the adversarial-examples literature: `layer1`, `layer2`, `layer3`, `head`.
 
     Convolutions of 8x8 stride 2 (same padding, 64 channels), 6x6 stride 2 (128) and 5x5 (128), each with a ReLU, then

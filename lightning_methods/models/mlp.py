@@ -10,9 +10,10 @@ from typing import Literal
 from torch import nn
 
 from lightning_methods.errors import InvalidArgument, check_choice
+from lightning_methods.models._chain import Chain
 
 
-class MLP(nn.Sequential):
+class MLP(Chain):
     """A multilayer perceptron with ReLU: `flatten`, `layer1`, `layer2`, ..., `head`.
 
     Each layer is `linear`, then `norm` and `dropout` where asked for around `act`; the output of `layer2` is what the

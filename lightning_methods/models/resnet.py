@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_methods.errors import InvalidArgument
+from lightning_methods.models._chain import Chain
 from lightning_methods.models._init import he_init
 
 
-class CIFARResNet(nn.Sequential):
+class CIFARResNet(Chain):
     """The residual network for CIFAR (He et al. 2016, section 4.2): `stem`, `layer1`, `layer2`, `layer3`, `head`.
 
     A 3x3 convolution, three stages of n basic blocks with width, 2 width and 4 width channels, global average pooling

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_methods.core._lightning import rank_zero_warn
-from lightning_methods.core.gather import all_sum, world_size
 from lightning_methods.core.losses import AuxiliaryLoss, LayerBatch, TrainingStep
 from lightning_methods.core.taps import Pool
 from lightning_methods.errors import InvalidArgument, NotFinite, check_choice
@@ -153,16 +152,15 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         self.chunk_size = chunk_size
         self.figures_every_n_epochs = figures_every_n_epochs
         self.figure_paths: list[Path] = []
-        self._reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Forget what was measured in an earlier fit."""
+        super().reset()
         #: per layer and quantity the mean of each epoch, in execution order of the layers
         self.history: dict[str, dict[str, list[float]]] = {}
         #: per layer the share of each class among the neighbours of each class in the latest epoch
         self.class_pairs: dict[str, Tensor] = {}
         self._inverse: dict[str, Tensor] = {}  # the paper's t of each layer
-        self._epoch = 0
-        self._sums: dict[str, dict[str, Tensor]] = {}  # of the running epoch
         self._pair_batches: dict[str, int] = {}
 
     # -- the term ----------------------------------------------------------------------------------------------------
@@ -177,7 +175,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
     def layer_term(self, layer: str, batch: LayerBatch, step: TrainingStep) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return this rank's share of the layer's loss, and the layer's value, normalised value and temperature."""
         features = feature_rows(batch.features)
-        temperature = self._temperature_of(layer, features.detach())
+        temperature = self._temperature_of(layer, features)
         losses, _ = anchor_losses(
             features,
             self._classes,
@@ -192,9 +190,9 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         quantities: dict[str, Tensor | float] = {
             "value": term.detach(),
             "normalized": term.detach() / self._chance.clamp(min=1e-12).to(term.dtype),
-            "temperature": torch.as_tensor(temperature, dtype=torch.float32, device=term.device),
+            "temperature": torch.as_tensor(temperature, dtype=torch.float32, device=term.device).detach(),
         }
-        self._remember(layer, features.detach(), quantities)
+        self._remember_class_pairs(layer, features.detach())
         return term, quantities
 
     def _temperature_of(self, layer: str, features: Tensor) -> float | Tensor:
@@ -221,11 +219,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         return self.temperature
 
     @torch.no_grad()
-    def _remember(self, layer: str, features: Tensor, quantities: dict[str, Tensor | float]) -> None:
-        sums = self._sums.setdefault(layer, {})
-        for name, value in {**quantities, "steps": 1.0}.items():
-            value = torch.as_tensor(value, dtype=torch.float64, device=features.device)
-            sums[name] = sums[name].to(value.device) + value if name in sums else value
+    def _remember_class_pairs(self, layer: str, features: Tensor) -> None:
         seen = self._pair_batches.get(layer, 0)
         if seen < _CLASS_PAIR_BATCHES:
             if not seen:
@@ -245,7 +239,9 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         if len(classes) < 2 or int(classes.min()) < 0 or int(classes.max()) >= _CLASS_PAIR_CLASSES:
             return
         before = self.class_pairs.get(layer, torch.zeros(0, 0))
-        # at the temperature that tells the classes apart best, whatever the term uses
+        # at the temperature that tells the classes apart best, whatever the term uses; float32 would place a flat
+        # minimum differently on every machine
+        rows = rows.double()
         temperature, _ = optimal_temperature(rows, classes, distance=self.distance)
         size = max(int(classes.max()) + 1, len(before))
         pairs = class_entanglement(rows, classes, temperature, distance=self.distance, num_classes=size).cpu()
@@ -255,37 +251,26 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
 
     # -- life in the trainer -----------------------------------------------------------------------------------------
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Forget an earlier fit, unless it goes on; a checkpoint's state comes after this."""
-        if stage == "fit" and trainer.global_step == 0:
-            self._reset()
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Close an epoch that was saved at its last batch: after resuming, Lightning calls none of its hooks again."""
-        if self._epoch != trainer.current_epoch:
-            self._close_epoch()
-        self._epoch = trainer.current_epoch
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Add the epoch to the history, and draw the figures if asked to."""
-        self._close_epoch()
-        every = self.figures_every_n_epochs
-        if every and (trainer.current_epoch + 1) % every == 0:
-            self.show(trainer)
-
-    def _close_epoch(self) -> None:
-        for layer, sums in self._sums.items():
-            steps = sums["steps"]
-            for quantity in _QUANTITIES:
-                mean = float(all_sum(sums[quantity] / steps) / world_size())
+    def see_epoch(self, means: dict[str, float]) -> None:
+        """Add the epoch to the history."""
+        for key, mean in means.items():
+            quantity, _, layer = key.partition("/")
+            if layer:
                 self.history.setdefault(layer, {}).setdefault(quantity, []).append(mean)
-            if not math.isfinite(self.history[layer]["value"][-1]):
+            if quantity == "value" and not math.isfinite(mean):
                 rank_zero_warn(
                     f"SoftNearestNeighborLoss: the loss of the layer {layer!r} is not finite in epoch {self._epoch}; "
                     f"its features are not. Lower the learning rate or the weight.",
                     category=NotFinite,
                 )
-        self._sums, self._pair_batches = {}, {}
+        self._pair_batches = {}
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log the epoch, and draw the figures if asked to."""
+        super().on_train_epoch_end(trainer, pl_module)
+        every = self.figures_every_n_epochs
+        if every and (trainer.current_epoch + 1) % every == 0:
+            self.show(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the figures and the table of the whole fit."""
@@ -346,20 +331,18 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
     def state_dict(self) -> dict[str, Any]:
         """Return the temperatures, the history and the running epoch, as tensors and plain builtins."""
         return {
+            **super().state_dict(),
             "inverse_temperatures": {layer: t.cpu() for layer, t in self._inverse.items()},
             "history": {layer: {k: list(v) for k, v in series.items()} for layer, series in self.history.items()},
-            "sums": {layer: {k: v.cpu() for k, v in sums.items()} for layer, sums in self._sums.items()},
-            "epoch": self._epoch,
             "class_pairs": dict(self.class_pairs),
             "pair_batches": dict(self._pair_batches),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
+        super().load_state_dict(state_dict)
         self._inverse = dict(state_dict["inverse_temperatures"])
         self.history = state_dict["history"]
-        self._sums = state_dict["sums"]
-        self._epoch = state_dict["epoch"]
         self.class_pairs = state_dict["class_pairs"]
         self._pair_batches = state_dict["pair_batches"]
 

@@ -258,7 +258,9 @@ class _AnchorLosses(torch.autograd.Function):
 
     With the scores `s_ik = -beta D_ik` up to a constant per row, `p` their softmax over `k != i` and `q` over the
     positives, `dl_i/ds_ik = p_ik - q_ik =: G_ik`, whose rows sum to 0. Forward is one matrix product, backward one more
-    for `W = G + G^T`, and only `G` is kept; in chunks nothing is, and `G` is computed again.
+    for `W = G + G^T`, and only `G` is kept. In chunks `G` is not: the forward pass turns each of its blocks into its
+    part of the gradient of the sum of all losses, and only where the backward pass wants another combination of them
+    than a multiple of the sum is it computed again.
     """
 
     @staticmethod
@@ -278,6 +280,7 @@ class _AnchorLosses(torch.autograd.Function):
         losses, valid = x.new_empty(stop - start), torch.empty(stop - start, dtype=torch.bool, device=x.device)
         slopes = x.new_empty(stop - start) if need_beta else None
         gradient = x.new_empty(stop - start, len(x)) if stored else None
+        of_sum = torch.zeros_like(x) if need_x and not stored else None
         for a, b in _blocks(x, start, stop, chunk_size):
             own = slice(a - start, b - start)
             block = _Block(x, beta, classes, keep, (a, b), cosine)
@@ -286,14 +289,16 @@ class _AnchorLosses(torch.autograd.Function):
                 slopes[own] = block.slopes(beta)
             if gradient is not None:
                 block.score_gradient(out=gradient[own])
-        ctx.save_for_backward(x, beta, classes, keep, gradient, slopes)
+            if of_sum is not None:
+                of_sum += _pulled_back(block.score_gradient(out=block.p), None, x, (a, b), cosine)
+        ctx.save_for_backward(x, beta, classes, keep, gradient, of_sum, slopes)
         ctx.settings = (bounds, cosine, chunk_size)
         ctx.mark_non_differentiable(valid)
         return losses, valid
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, beta, classes, keep, gradient, slopes = ctx.saved_tensors
+        x, beta, classes, keep, gradient, of_sum, slopes = ctx.saved_tensors
         bounds, cosine, chunk_size = ctx.settings
         need_x, need_beta = ctx.needs_input_grad[:2]
         with torch.autocast(x.device.type, enabled=False):
@@ -303,17 +308,20 @@ class _AnchorLosses(torch.autograd.Function):
                 grads = list(torch.autograd.grad(losses, inputs, upstream, create_graph=True))
                 return grads.pop(0) if need_x else None, grads.pop(0) if need_beta else None, *[None] * 5
             grad_beta = (upstream * slopes).sum() if need_beta else None
+            factor = beta if cosine else 2 * beta
             if not need_x:
                 grad_x = None
             elif gradient is not None:
-                grad_x = _pulled_back(gradient, upstream, x, bounds, cosine).mul_(beta if cosine else 2 * beta)
+                grad_x = _pulled_back(gradient, upstream, x, bounds, cosine).mul_(factor)
+            elif len(upstream) and upstream.stride(0) == 0:  # one number, expanded: what a sum or a mean sends back
+                grad_x = of_sum * (factor * upstream[0])
             else:
                 grad_x = torch.zeros_like(x)
                 for a, b in _blocks(x, bounds[0], bounds[1], chunk_size):
                     block = _Block(x, beta, classes, keep, (a, b), cosine)
                     own = slice(a - bounds[0], b - bounds[0])
-                    grad_x += _pulled_back(block.score_gradient(), upstream[own], x, (a, b), cosine)
-                grad_x.mul_(beta if cosine else 2 * beta)
+                    grad_x += _pulled_back(block.score_gradient(out=block.p), upstream[own], x, (a, b), cosine)
+                grad_x.mul_(factor)
         return grad_x, grad_beta, *[None] * 5
 
 
@@ -368,10 +376,10 @@ def _scores(x: Tensor, beta: Tensor, bounds: tuple[int, int], cosine: bool) -> T
     return torch.addmm(torch.linalg.vecdot(x, x) * -beta, x[a:b] * (2 * beta), x.T)
 
 
-def _pulled_back(gradient: Tensor, upstream: Tensor, x: Tensor, bounds: tuple[int, int], cosine: bool) -> Tensor:
-    """Return the gradient for `x`, but for its factor, from that for the scores."""
+def _pulled_back(gradient: Tensor, upstream: Tensor | None, x: Tensor, bounds: tuple[int, int], cosine: bool) -> Tensor:
+    """Return the gradient for `x`, but for its factor, from that for the scores; `upstream` of `None` is all ones."""
     a, b = bounds
-    weighted = gradient * upstream[:, None]
+    weighted = gradient if upstream is None else gradient * upstream[:, None]
     lengths = weighted.sum(0)
     if b - a == len(x):
         # copying a transposed matrix is tuned, adding one is not

@@ -63,14 +63,17 @@ def optimal_temperature(
 
 
 def median_temperature(features: Tensor, *, distance: Distance = "sqeuclidean") -> Tensor:
-    """Return the median distance between different samples, a temperature free of the features' scale.
+    """Return the median distance between different samples, at which the loss is free of the features' scale.
+
+    Its gradient is that of the mean distance, with which the median grows. Without it shrinking the features would look
+    like entangling them, and a negative weight would do little else.
 
     Shapes:
-        features `(B, ...)`; returns a scalar without gradient, 1 where all samples are the same.
+        features `(B, ...)`; returns a scalar, 1 where all samples are the same.
 
     Args:
-        features: one row per sample. Of more than 512 rows every so-manieth is used.
-        distance: squared Euclidean or `1 - cos`.
+        features: one row per sample. Of more than 512 rows every so-manieth is used for the median.
+        distance: squared Euclidean or `1 - cos`, which knows no scale and hence has no gradient here.
 
     Raises:
         ShapeMismatch: for features of less than two dimensions.
@@ -81,10 +84,15 @@ def median_temperature(features: Tensor, *, distance: Distance = "sqeuclidean") 
         4.0
     """
     check_choice("distance", distance, ("sqeuclidean", "cosine"))
-    x = feature_rows(features).detach()
-    x = x[:: math.ceil(len(x) / 512)] if len(x) else x
+    x = feature_rows(features)
+    some = x.detach()[:: math.ceil(len(x) / 512)] if len(x) else x.detach()
     with torch.autocast(x.device.type, enabled=False):
-        return _median(pair_distances(x, distance))
+        median = _median(pair_distances(some, distance))
+        if distance == "cosine" or not x.requires_grad or not torch.is_grad_enabled():
+            return median
+        spread = (x - x.detach().mean(0)).square().sum(1).mean()
+        spread = torch.where(spread > 0, spread, 1.0)
+        return median * (spread / spread.detach())
 
 
 def paper_temperature_step(

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_methods.cka import RepresentationSimilarity
 from lightning_methods.errors import UnsupportedTraining
 from lightning_methods.snnl import DeepKNN, Entanglement, SoftNearestNeighborLoss
-from lightning_methods.snnl.functional import soft_nearest_neighbor_loss
+from lightning_methods.snnl.functional import feature_rows, soft_nearest_neighbor_loss
 from lightning_methods.snnl.temperature import median_temperature, paper_temperature_step
 from tests.support.training import Settings, TinyModule
 
@@ -61,7 +61,7 @@ class SafeByHand(TinyModule):
     def total_loss(self, layers: dict[str, Tensor], y: Tensor) -> Tensor:
         terms = []
         for name in ("first", "second"):
-            h = layers[name]
+            h = feature_rows(layers[name])  # half precision is cast once, for the loss and for its temperature
             terms.append(-0.03 * soft_nearest_neighbor_loss(h, y, median_temperature(h)))
         return self.own_loss(layers["head"], y) + (terms[0] + terms[1])
 

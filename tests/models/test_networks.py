@@ -118,3 +118,13 @@ def test_shortcut_is_every_second_pixel_and_zeros() -> None:
 def test_refusals(make: object, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "net", [MLP(64), ConvNet(width=0.1), SmallConvNet(width=0.1), CIFARResNet(8)], ids=str.__class__
+)
+def test_a_slice_is_a_plain_chain_of_the_same_layers(net: nn.Module) -> None:
+    part = net[:2]
+    assert type(part) is nn.Sequential
+    assert [name for name, _ in part.named_children()] == [name for name, _ in net.named_children()][:2]
+    assert part[0] is net[0]

@@ -1007,3 +1007,27 @@ def test_class_entanglement_of_too_few_samples_is_zero(count: int, shape: tuple[
 def test_class_entanglement_refuses_labels_outside(y: list[int], num_classes: int | None) -> None:
     with pytest.raises(InvalidArgument, match=r"The labels go from .* is needed.*ignore_index"):
         class_entanglement(torch.ones(4, 2), labels_of(y), 1.0, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("n", [40, 1100], ids=["every row", "a part of the rows"])
+def test_at_the_median_temperature_the_loss_has_no_gradient_along_the_scale(n: int) -> None:
+    """Else a negative weight would shrink the features in place of entangling them."""
+    torch.manual_seed(0)
+    x = torch.randn(n, 6, dtype=torch.float64).add_((torch.arange(n) % 4)[:, None]).requires_grad_()
+    y = torch.arange(n) % 4
+    (gradient,) = torch.autograd.grad(soft_nearest_neighbor_loss(x, y, median_temperature(x)), x)
+    centred = (x - x.mean(0)).detach()
+    assert abs(float((gradient * centred).sum())) <= 1e-12 * float(gradient.norm() * centred.norm())
+    (radial,) = torch.autograd.grad(soft_nearest_neighbor_loss(x, y, median_temperature(x.detach())), x)
+    assert abs(float((radial * centred).sum())) > 1e-3 * float(radial.norm() * centred.norm())
+
+
+def test_the_median_temperature_is_a_number_where_no_gradient_is_wanted() -> None:
+    x = torch.randn(20, 3, requires_grad=True)
+    with torch.no_grad():
+        assert not median_temperature(x).requires_grad
+    assert not median_temperature(x, distance="cosine").requires_grad
+    assert torch.equal(median_temperature(x).detach(), median_temperature(x.detach()))
+    same = torch.ones(5, 2, requires_grad=True)
+    soft_nearest_neighbor_loss(same, torch.arange(5) % 2, median_temperature(same)).backward()
+    assert torch.equal(same.grad, torch.zeros(5, 2))
