@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from tests.contract.recipes import Recipe
 from tests.contract.training import train
-from tests.support.wandb_offline import OfflineRun, read_runs
+from tests.support.wandb_offline import read_runs
 
 pytestmark = pytest.mark.drawn
 STEP = 10  # the last one of two epochs
@@ -61,16 +60,6 @@ def test_tensorboard(recipe, tmp_path):
         assert re.match(r"\|.*\|\n\| --- ", table.tensor_proto.string_val[0].decode())
 
 
-def written_run(folder: Path, keys: tuple[str, ...], seconds: float = 30) -> OfflineRun:
-    """Return the run; on a busy machine its tail comes to the disk somewhat after `wandb.finish`."""
-    end = time.monotonic() + seconds
-    while True:
-        (run,) = read_runs(folder)
-        if all(len(run.column(key)) == 2 for key in keys) or time.monotonic() > end:
-            return run
-        time.sleep(0.1)
-
-
 @pytest.mark.case("loggers")
 @pytest.mark.timeout(120)
 def test_wandb_offline(recipe, tmp_path, monkeypatch):
@@ -79,7 +68,7 @@ def test_wandb_offline(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(recipe, tmp_path, logger=WandbLogger(save_dir=tmp_path, project="contract"))
     wandb.finish()
-    run = written_run(tmp_path, recipe.scalars)
+    (run,) = read_runs(tmp_path)
     for key in recipe.scalars:
         assert len(run.column(key)) == 2, "once per epoch"
     for key in recipe.figures:

@@ -469,8 +469,9 @@ def test_class_pairs_are_the_shares_of_the_last_epoch(tmp_path: Path) -> None:
     module, _ = trained(tmp_path, snnl, module=seeded(Recorded))
     expected = torch.zeros(CLASSES, CLASSES, dtype=torch.float64)
     for layers, y, _ in module.steps[5:]:
-        best, _ = optimal_temperature(layers["second"], y)
-        expected += class_entanglement(layers["second"], y, best, num_classes=CLASSES)
+        h = layers["second"].double()
+        best, _ = optimal_temperature(h, y)
+        expected += class_entanglement(h, y, best, num_classes=CLASSES)
     assert torch.allclose(snnl.class_pairs["second"], expected, rtol=1e-6, atol=1e-9)
 
 

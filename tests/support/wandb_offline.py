@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,18 +47,22 @@ class OfflineRun:
 
 
 def read_runs(save_dir: str | Path) -> list[OfflineRun]:
-    """Read all offline runs under `save_dir`; call `wandb.finish()` first, or the tail is not on disk yet."""
+    """Read all offline runs under `save_dir`, after `wandb.finish()`."""
     return [read_run(file) for file in sorted(Path(save_dir).glob("wandb/offline-run-*/run-*.wandb"))]
 
 
-def read_run(file: Path) -> OfflineRun:
-    """Read one `.wandb` file."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
+def read_run(file: Path, seconds: float = 60) -> OfflineRun:
+    """Read one `.wandb` file; on a busy machine its last record comes to the disk somewhat after `wandb.finish()`."""
+    end = time.monotonic() + seconds
+    records = _records(file)
+    while not (records and records[-1].WhichOneof("record_type") == "exit"):
+        if time.monotonic() > end:
+            raise TimeoutError(f"{file} was not finished within {seconds} s")
+        time.sleep(0.05)
+        records = _records(file)
     config: dict[str, Any] = {}
     history: list[dict[str, Any]] = []
-    for payload in _payloads(file.read_bytes()):
-        record = Record.FromString(payload)
+    for record in records:
         kind = record.WhichOneof("record_type")
         if kind == "history":
             row: dict[str, Any] = {}
@@ -69,6 +74,13 @@ def read_run(file: Path) -> OfflineRun:
             for item in update.update:
                 _set(config, list(item.nested_key) or [item.key], json.loads(item.value_json))
     return OfflineRun(file.parent, config, history)
+
+
+def _records(file: Path) -> list[Any]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data = file.read_bytes()
+    return [Record.FromString(payload) for payload in _payloads(data)] if len(data) > _HEADER else []
 
 
 def _set(row: dict[str, Any], keys: list[str], value: Any) -> None:
