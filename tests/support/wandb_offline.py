@@ -101,6 +101,8 @@ def _payloads(data: bytes) -> Iterator[bytes]:
             continue
         _checksum, length, kind = struct.unpack("<IHB", data[position : position + 7])
         chunk = data[position + 7 : position + 7 + length]
+        if len(chunk) < length:  # still being written
+            return
         position += 7 + length
         if kind in (_FULL, _LAST):
             yield parts + chunk if kind == _LAST else chunk
