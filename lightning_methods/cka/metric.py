@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -126,8 +127,9 @@ class _LayerPairs(Metric):
         size = (count_a, count_b if count_b >= 0 else count_a)
         return torch.full(size, math.nan, dtype=torch.float64, device=self.device)
 
+    @abstractmethod
     def _shapes(self, shape: list[int]) -> dict[str, tuple[int, ...]]:
-        raise NotImplementedError
+        """Return the shape of each sum."""
 
     def _approach(self, incoming: dict[str, Any]) -> None:
         """Make own sums such that they can be added to others."""

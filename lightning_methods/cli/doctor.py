@@ -123,11 +123,11 @@ def torch_and_torchvision() -> Iterator[Finding]:
     builds = {name: _build(name) for name in ("torch", "torchvision")}
     if None not in builds.values() and len(set(builds.values())) > 1:
         text = f"torch is built for {builds['torch']} and torchvision for {builds['torchvision']}"
-        index = f"https://download.pytorch.org/whl/{builds['torch']}"
         yield Finding(
             "fail",
             f"{text}: `import torchvision`, and with it `import lightning`, can die",
-            f"install both from one place: pip install --force-reinstall torch torchvision --index-url {index}",
+            "install both in one command, as pytorch.org says for your machine: "
+            "pip install --force-reinstall torch torchvision",
         )
     else:
         build = f", both built for {builds['torch']}" if builds["torch"] and builds["torchvision"] else ""
