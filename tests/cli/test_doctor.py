@@ -49,7 +49,7 @@ def test_builds_that_do_not_match_fail(versions, tmp_path):
     (finding,) = doctor.torch_and_torchvision()
     assert finding.status == "fail"
     assert "torch is built for cpu and torchvision for cu132" in finding.text
-    assert finding.fix.endswith("whl/cpu")
+    assert finding.fix.endswith("pip install --force-reinstall torch torchvision")
 
 
 def test_a_torch_that_torchvision_does_not_want_fails(versions, monkeypatch):
