@@ -48,6 +48,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) benchmarks/snnl.py
+	$(RUN) benchmarks/cka.py
 
 # write the compatibility matrix of the README and the cards from the results of the contract tests
 matrix: $(READY)
