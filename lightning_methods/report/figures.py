@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _DIRECT_LABELS = len(PALETTE)  # more lines than this get a legend beside the axes
-_GAP = "#F2B98F"  # a tint of the second colour of the palette
 _SHOWN_TICKS = 40
 _ANNOTATED_CELLS = 12  # a side
 
@@ -185,8 +184,9 @@ def reliability_diagram(confidence: object, correct: object, bins: int = 15, *, 
     low, high = np.minimum(accuracy, mean), np.maximum(accuracy, mean)
     style = {"width": width * 0.92, "align": "edge"}
     upper.bar(left[filled], accuracy[filled], color=PALETTE[0], label="accuracy", **style)
-    # opaque: a translucent gap inside a bar would have a colour that the legend does not show
-    upper.bar(left[filled], (high - low)[filled], bottom=low[filled], color=_GAP, label="gap", **style)
+    # hatched: whether the gap is above the bar or inside it tells over- from underconfidence
+    hatched = {"facecolor": "none", "edgecolor": PALETTE[1], "hatch": "/////", "linewidth": 1.0}
+    upper.bar(left[filled], (high - low)[filled], bottom=low[filled], label="gap", **hatched, **style)
     upper.plot([0, 1], [0, 1], color=INK, linewidth=1.1, linestyle=(0, (5, 3)), label="perfect")
     upper.set(xlim=(0, 1), ylim=(0, 1.02))
     figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
