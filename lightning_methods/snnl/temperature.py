@@ -91,7 +91,8 @@ def median_temperature(features: Tensor, *, distance: Distance = "sqeuclidean") 
         if distance == "cosine" or not x.requires_grad or not torch.is_grad_enabled():
             return median
         spread = (x - x.detach().mean(0)).square().sum(1).mean()
-        spread = torch.where(spread > 0, spread, 1.0)
+        # features that overflow must show in the loss, not stop the training with a temperature that is not a number
+        spread = torch.where((spread > 0) & spread.isfinite(), spread, 1.0)
         return median * (spread / spread.detach())
 
 

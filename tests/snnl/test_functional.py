@@ -1031,3 +1031,12 @@ def test_the_median_temperature_is_a_number_where_no_gradient_is_wanted() -> Non
     same = torch.ones(5, 2, requires_grad=True)
     soft_nearest_neighbor_loss(same, torch.arange(5) % 2, median_temperature(same)).backward()
     assert torch.equal(same.grad, torch.zeros(5, 2))
+
+
+@pytest.mark.parametrize("scale", [1e25, math.inf, math.nan], ids=str)
+def test_the_median_temperature_of_features_that_overflow_is_still_a_number(scale: float) -> None:
+    x = (torch.randn(20, 3) * scale).requires_grad_()
+    temperature = median_temperature(x)
+    assert float(temperature.detach()) > 0
+    loss = soft_nearest_neighbor_loss(x, torch.arange(20) % 4, temperature)  # which raised
+    assert not loss.detach().isfinite()
