@@ -54,6 +54,13 @@ class LossParticipant(Protocol):
         """Return the scalar to add to `step.loss`, or `None`."""
 
 
+class StepWrapper(Protocol):
+    """What changes how the user's own step runs, and adds no term to what it returns."""
+
+    def run_step(self, module: Any, batch: Any, batch_idx: int, step: Callable[[], Any]) -> Any:
+        """Run the user's `training_step`, without the terms of participants, and return what it returned."""
+
+
 class LossHub:
     """Stands in for `module.training_step` while participants are there, and adds their terms to the loss it returns.
 
@@ -61,12 +68,13 @@ class LossHub:
     can. It is called where Lightning calls the step: inside DDP's forward and the precision plugin's autocast, before
     the loss is divided for accumulation and scaled. The terms themselves are computed with autocast off.
 
-    Use `LossHub.join` and `LossHub.leave`. Copies and pickles of the module have the user's own step.
+    Use `LossHub.join` (or `LossHub.wrap`) and `LossHub.leave`. Copies and pickles of the module have the user's own step.
     """
 
     def __init__(self, module: Any) -> None:
         self.module = module
         self.participants: list[LossParticipant] = []
+        self.wrappers: list[StepWrapper] = []
         self.inner = module.training_step
         self.was_on_instance = "training_step" in vars(module)
         # Lightning reads the signature through __wrapped__ to decide whether to pass batch_idx
@@ -85,6 +93,24 @@ class LossHub:
                 f"returned loss would be lost. Use automatic optimisation, or add the term in your own training_step "
                 f"with the function of the same name."
             )
+        participants = cls._of(module).participants
+        if participant not in participants:
+            participants.append(participant)
+
+    @classmethod
+    def wrap(cls, module: Any, wrapper: StepWrapper) -> None:
+        """Let `wrapper` run the user's step; also under manual optimisation, where only adding terms is impossible.
+
+        Raises:
+            UnsupportedTraining: for `training_step(self, dataloader_iter)`.
+        """
+        wrappers = cls._of(module).wrappers
+        if wrapper not in wrappers:
+            wrappers.append(wrapper)
+
+    @classmethod
+    def _of(cls, module: Any) -> LossHub:
+        """Return the hub of a module, put in place if there is none."""
         if "dataloader_iter" in inspect.signature(module.training_step).parameters:
             raise UnsupportedTraining(
                 f"{type(module).__name__}.training_step takes dataloader_iter, which gives no batch to read targets "
@@ -92,21 +118,21 @@ class LossHub:
             )
         current = vars(module).get("training_step")
         hub = current if isinstance(current, cls) else cls(module)
-        if participant not in hub.participants:
-            hub.participants.append(participant)
         # past nn.Module.__setattr__, which would look for parameters in the hub
         object.__setattr__(module, "training_step", hub)
+        return hub
 
     @classmethod
-    def leave(cls, module: Any, participant: LossParticipant) -> None:
-        """Remove a participant; the last one puts back what was there before. Harmless when called twice."""
+    def leave(cls, module: Any, participant: LossParticipant | StepWrapper) -> None:
+        """Remove what joined; the last one puts back what was there before. Harmless when called twice."""
         hub = vars(module).get("training_step")
         while hub is not None and not isinstance(hub, cls):
             hub = getattr(hub, "__wrapped__", None)  # somebody wrapped the hub: it stays, without participants
-        if hub is None or participant not in hub.participants:
+        if hub is None or participant not in [*hub.participants, *hub.wrappers]:
             return
-        hub.participants.remove(participant)
-        if hub.participants or vars(module).get("training_step") is not hub:
+        hub.participants[:] = [p for p in hub.participants if p is not participant]
+        hub.wrappers[:] = [w for w in hub.wrappers if w is not participant]
+        if hub.participants or hub.wrappers or vars(module).get("training_step") is not hub:
             return
         if hub.was_on_instance:  # a compiled module keeps its compiled step there
             object.__setattr__(module, "training_step", hub.inner)
@@ -116,14 +142,19 @@ class LossHub:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's `training_step` and return what it returned, with the terms added to its loss."""
         # users call training_step from validation_step too, where nothing is to be added or logged
-        if not (self.participants and torch.is_grad_enabled() and self.module.trainer.training):
+        if not ((self.participants or self.wrappers) and torch.is_grad_enabled() and self.module.trainer.training):
             return self.inner(*args, **kwargs)
         batch = args[0] if args else kwargs.get("batch")
         batch_idx = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("batch_idx", 0)
+        run = functools.partial(self.inner, *args, **kwargs)
+        for wrapper in reversed(self.wrappers):
+            run = functools.partial(wrapper.run_step, self.module, batch, batch_idx, run)
         with ExitStack() as stack:
             for participant in self.participants:
                 stack.enter_context(participant.around_step(self.module, batch, batch_idx))
-            output = self.inner(*args, **kwargs)
+            output = run()
+            if not self.participants:
+                return output
             loss = self._loss_of(output)
             if loss is None:
                 return output

@@ -1,0 +1,72 @@
+"""Measure again whether importance weights keep their effect, with several seeds.
+
+python evidence/importance_weighting/run.py --part logistic      half a minute
+python evidence/importance_weighting/run.py --part digits        some five minutes
+python evidence/importance_weighting/run.py --part mnist         half an hour; reads --root, default ./data
+python evidence/importance_weighting/run.py --part cifar10       an hour and a half at the reduced size
+python evidence/importance_weighting/run.py --part cifar10 --full --device cuda    the paper's network and data
+
+Writes `results/<part>.json` and the figures beside this file. `report.py` makes the tables of README.md from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import heads
+import torch
+
+from lightning_methods.importance_weighting.sweep import fading_figure
+
+HERE = Path(__file__).parent
+
+
+def write(part: str, args: argparse.Namespace, numbers: dict[str, Any], seconds: float) -> None:
+    settings = {**vars(args), "part": part, "torch": torch.__version__, "seconds": round(seconds)}
+    settings.pop("root")
+    (HERE / "results").mkdir(exist_ok=True)
+    text = json.dumps({"settings": settings, "results": rounded(numbers)}, indent=1)
+    (HERE / "results" / f"{part}.json").write_text(text + "\n")
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["logistic", "digits", "mnist", "cifar10"], required=True)
+    parser.add_argument("--root", default="data", help="folder of the data sets; default ./data")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, help="default 600 for digits, 100 for MNIST")
+    parser.add_argument("--full", action="store_true", help="CIFAR-10 at the paper's size")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    if args.part == "logistic":
+        numbers = heads.logistic(args.seeds)
+    elif args.part == "cifar10":
+        import images
+
+        numbers = images.cifar10(args)
+    else:
+        args.epochs = args.epochs or (600 if args.part == "digits" else 100)
+        numbers, curves = heads.images(args.part, args.root, args.seeds, args.epochs, args.device)
+        for name, found in curves.items():
+            if name in ("plain", "L2 1e-2"):
+                figure = fading_figure(found, "other digits", title=f"{args.part}, 3 against 5: {name}")
+                figure.savefig(HERE / f"fading_{args.part}_{name.split()[0].lower()}.png", dpi=150)
+    write(args.part, args, numbers, time.monotonic() - start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,622 @@
+"""Weights for the loss of an unchanged module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader
+
+from lightning_methods.core._lightning import Callback, rank_zero_info, rank_zero_warn
+from lightning_methods.core.batches import Selector, inputs_of, targets_of
+from lightning_methods.core.gather import all_sum, gather_rows, world_size
+from lightning_methods.core.layers import match_layers
+from lightning_methods.core.losses import LossHub
+from lightning_methods.core.means import EpochMeans
+from lightning_methods.core.passes import batches
+from lightning_methods.errors import (
+    BatchFormat,
+    InvalidArgument,
+    LightningMethodsError,
+    NoEffect,
+    ShapeMismatch,
+    UnsupportedTraining,
+    check_choice,
+)
+from lightning_methods.importance_weighting.datasets import class_counts, epoch_batches, item_labels, train_loader
+from lightning_methods.importance_weighting.estimation import LabelShift, ShiftEstimate
+from lightning_methods.importance_weighting.functional import (
+    balanced_weights,
+    check_weights,
+    class_balanced_weights,
+    normalized_weights,
+)
+from lightning_methods.importance_weighting.interception import (
+    GradientInterception,
+    LossInterception,
+    ModuleInterception,
+    loss_modules,
+)
+from lightning_methods.importance_weighting.sampler import DistributedWeightedSampler
+from lightning_methods.importance_weighting.weights import BatchWeights, raw_sample_weights
+from lightning_methods.report import heatmap, log_figure, log_table
+
+Mode = Literal["auto", "function", "module", "gradient", "sampler"]
+
+_REMEDIES = (
+    "Other ways to the same weights: mode='module' (loss modules with a `reduction`), mode='gradient' with head= (the "
+    "layer that gives the logits), mode='sampler' (draws samples by weight)."
+)
+
+
+class ImportanceWeighting(Callback):
+    r"""Weight the loss of an unchanged module, by class or by sample.
+
+    .. math:: \min_\theta \frac1n \sum_i w_i\, \ell(f_\theta(x_i), y_i), \qquad w_i = \frac{q(x_i, y_i)}{p(x_i, y_i)}
+
+    The loss functions that `training_step` calls are caught and weighted before their reduction: `cross_entropy`,
+    `nll_loss`, `binary_cross_entropy(_with_logits)`, `mse_loss`, `l1_loss`, `smooth_l1_loss`, `huber_loss` and `kl_div`,
+    as functions and as modules, and any other module that is called a loss and has a `reduction`. The parameters are bit
+    for bit those of the module with the weights written into its step. What your module logs as its training loss is
+    the weighted loss; its validation is untouched.
+
+    Logs `importance_weighting/hits` (weighted calls a step), `importance_weighting/strength`, and
+    `importance_weighting/val_risk`, the weighted mean of the validation losses: what to stop early on, with Lightning's
+    own `EarlyStopping("importance_weighting/val_risk")`. With `LabelShift` also the estimated weights with their
+    intervals, and the confusion matrix.
+
+    Args:
+        class_weights: one for each class; `"balanced"` (all classes count the same); `"effective_number"` or
+            `"effective_number:0.999"` (Cui et al. 2019, with that beta); `LabelShift` to estimate them from unlabelled
+            target data; `None` for weights by sample only.
+        sample_weights: where the weights of the samples are in a batch: index, key, or function of the batch.
+        class_counts: training samples of each class; read from the dataset, or counted, if they are needed.
+        normalize: `"mean1"` (default) divides by one constant, the mean weight over the training set where the counts
+            of the classes are known and else over the classes, so that the learning rate keeps its meaning; `"none"`
+            leaves the weights as they are; `"batch"` divides by the mean weight of each batch, as torch does with
+            `weight=`: of all ranks and all accumulated batches together.
+        mean_weight: the mean of the sample weights for `"mean1"`; measured in a pass over the training data if not given.
+        exponent: raise the weights to this power first; 1.5 to 3 with `PolyTailLoss`.
+        clip: smallest and largest weight, after `exponent`, before the normalisation.
+        mode: `"function"` catches the functions; `"module"` the loss modules, by name with `match`; `"gradient"`
+            multiplies the gradient of the output of `head`, for losses that nothing can take apart; `"sampler"` draws
+            samples by class weight instead, also under DDP; `"auto"` (default) functions and such modules as are none
+            of torch's.
+        match: which losses, where a step calls several: `"all"`, `"first"`, or a name such as `"cross_entropy"` or that
+            of a module's class. `"auto"` (default) takes the only one, and says so if there are more.
+        head: for `"gradient"`, the layer that gives the logits, one row a sample.
+        select: item of a head that returns a tuple or a dict.
+        labels: where the targets are in a batch, for losses whose own targets are no classes.
+        start_epoch: first epoch with weights (deferred reweighting).
+        warmup_epochs: over so many epochs from there the weights grow linearly from 1.
+        schedule: instead, from the epoch to the strength s, 0 to 1: weights act as `1 + s (w - 1)`.
+        weight_validation: whether losses in `validation_step` are weighted too.
+        log_prefix: first part of every logged key.
+
+    Raises:
+        InvalidArgument: for weights that are negative, not finite or all 0, for settings outside of their range, for two
+            such callbacks, for a label without a weight, and for a step whose losses nothing could catch.
+        ShapeMismatch: if there is not one weight for each logit, or for each sample.
+        BatchFormat: if the weights or labels are not in the batch.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_methods import ImportanceWeighting
+        >>> trainer = Trainer(callbacks=ImportanceWeighting("balanced"), logger=False)
+
+    Deviations from the paper: it does not say how weights are normalised; the default keeps their mean at 1.
+    """
+
+    method: ClassVar[str] = "importance_weighting"
+
+    def __init__(
+        self,
+        class_weights: str | Sequence[float] | LabelShift | None = None,
+        *,
+        sample_weights: int | str | Callable[[Any], Tensor] | None = None,
+        class_counts: Sequence[int] | None = None,
+        normalize: Literal["mean1", "batch", "none"] = "mean1",
+        mean_weight: float | None = None,
+        exponent: float = 1.0,
+        clip: tuple[float, float] | None = None,
+        mode: Literal["auto", "function", "module", "gradient", "sampler"] = "auto",
+        match: str = "auto",
+        head: str | None = None,
+        select: int | str | None = None,
+        labels: int | str | Callable[[Any], Tensor] | None = None,
+        start_epoch: int = 0,
+        warmup_epochs: int = 0,
+        schedule: Callable[[int], float] | None = None,
+        weight_validation: bool = False,
+        log_prefix: str = "importance_weighting",
+    ) -> None:
+        check_choice("normalize", normalize, ("mean1", "batch", "none"))
+        check_choice("mode", mode, ("auto", "function", "module", "gradient", "sampler"))
+        self.class_weights = _checked(class_weights)
+        self._beta = _beta(class_weights)
+        if class_weights is None and sample_weights is None:
+            raise InvalidArgument("Neither class_weights nor sample_weights are given: nothing would be weighted.")
+        _check_settings(mode, head, sample_weights, normalize, class_weights)
+        _check_numbers(exponent, clip, mean_weight, start_epoch, warmup_epochs, schedule)
+        self.exponent, self.clip, self.normalize = exponent, clip, normalize
+        self.mode, self.match, self.head, self.select = mode, match, head, select
+        self.start_epoch, self.warmup_epochs, self.schedule = start_epoch, warmup_epochs, schedule
+        self.weight_validation, self.log_prefix, self.labels = weight_validation, log_prefix, labels
+        self.class_counts = None if class_counts is None else check_weights(class_counts, "class_counts")
+        self.mean_weight = mean_weight
+        self.weights = BatchWeights(normalize, match, labels, sample_weights, self._transformed)
+        self.figure_paths: list[Path] = []
+        self._functions = LossInterception(self.weights) if mode in ("auto", "function") else None
+        self._module: Any = None
+        self._sampling: tuple[Any, Any] | None = None
+        self._entered = False
+        self._told: set[str] = set()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what an earlier fit measured."""
+        self._epoch = 0
+        self._means = EpochMeans()
+        self._prepared = False
+        self._estimated = -1
+        #: the latest estimate of `LabelShift`
+        self.estimate: ShiftEstimate | None = None
+        self.weights.set_table(None, 0.0)
+
+    def _transformed(self, weights: Tensor) -> Tensor:
+        w = weights if self.exponent == 1 else weights.pow(self.exponent)
+        return w if self.clip is None else w.clamp(*self.clip)
+
+    # -- life in the trainer -----------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget an earlier fit, unless it goes on; a checkpoint's state comes after this."""
+        others = [c for c in trainer.callbacks if isinstance(c, ImportanceWeighting) and c is not self]
+        if others:
+            raise InvalidArgument(
+                "There are two ImportanceWeighting callbacks, whose weights would multiply. Give one of them both "
+                "class_weights and sample_weights."
+            )
+        if stage == "fit" and trainer.global_step == 0:
+            self.reset()
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Put the interception in place."""
+        self.release()
+        if self.mode == "gradient":
+            match_layers(pl_module, self.head or "")
+        if self.mode == "module" and not self._loss_modules(pl_module):
+            raise UnsupportedTraining(
+                f"mode='module' found no loss module{'' if self.match == 'auto' else f' that match={self.match!r} names'} "
+                f"in {type(pl_module).__name__}: a submodule called ...Loss, with `reduction`, is needed."
+            )
+        if self.mode == "sampler" and not pl_module.automatic_optimization:
+            rank_zero_info("ImportanceWeighting: the samples are drawn by weight; the losses are left as they are.")
+        self._module = pl_module
+        if self.mode != "sampler":
+            LossHub.wrap(pl_module, self)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make the weights, which may need the training data, and replace the sampler if it is to draw by weight."""
+        if not self._prepared:
+            self._prepare(trainer, pl_module)
+            self._prepared = True
+        if self.mode == "sampler":
+            self._replace_sampler(trainer)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Replace the sampler of a loader that was made anew."""
+        if self.mode == "sampler":
+            self._replace_sampler(trainer)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Close an epoch that was saved at its last batch: after resuming, Lightning calls none of its hooks again."""
+        if self._epoch != trainer.current_epoch:
+            self._means.close()
+            self._estimate(trainer, pl_module, self._epoch)
+        self._epoch = trainer.current_epoch
+        self.weights.strength = self._strength(self._epoch)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log the epoch, and estimate the weights anew if that is due."""
+        self._epoch = trainer.current_epoch
+        means = self._means.close()
+        if self.mode == "sampler":
+            means["hits"] = 0.0
+        for key, value in {**means, "strength": self._strength(self._epoch)}.items():
+            pl_module.log(f"{self.log_prefix}/{key}", value, sync_dist=world_size() > 1)
+        self._estimate(trainer, pl_module, self._epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights, the running epoch and its sums."""
+        return {
+            "epoch": self._epoch,
+            "means": self._means.state_dict(),
+            "prepared": self._prepared,
+            "table": self.weights.table.clone(),
+            "mean_weight": self.weights.mean_weight,
+            "estimated": self._estimated,
+            "seen": list(self.weights.seen),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self._epoch, self._prepared = state_dict["epoch"], state_dict["prepared"]
+        self._estimated = state_dict["estimated"]
+        self._means.load_state_dict(state_dict["means"])
+        self.weights.set_table(state_dict["table"], self._strength(self._epoch))
+        self.weights.mean_weight, self.weights.seen = state_dict["mean_weight"], list(state_dict["seen"])
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the module as it was."""
+        self.release()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the module as it was also after a crash, where Lightning calls no `on_fit_end`."""
+        self.release()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the module as it was."""
+        self.release()
+
+    def release(self) -> None:
+        """Take everything out of module and loader; harmless when called twice."""
+        self._leave_validation()
+        self.weights.end()
+        if self._module is not None:
+            LossHub.leave(self._module, self)
+            self._module = None
+        if self._sampling is not None:
+            batch_sampler, sampler = self._sampling
+            batch_sampler.sampler = sampler
+            self._sampling = None
+
+    # -- the weights -------------------------------------------------------------------------------------------------
+
+    def _strength(self, epoch: int) -> float:
+        if self.schedule is not None:
+            s = float(self.schedule(epoch))
+            if not 0 <= s <= 1:
+                raise InvalidArgument(f"schedule({epoch}) is {s}; a strength from 0 to 1 is needed.")
+            return s
+        if epoch < self.start_epoch:
+            return 0.0
+        return min(1.0, (epoch - self.start_epoch + 1) / (self.warmup_epochs + 1))
+
+    def _prepare(self, trainer: Any, pl_module: Any) -> None:
+        """Make the table of class weights, and the mean of sample weights."""
+        counts, named = self.class_counts, self.class_weights
+        if isinstance(named, str):
+            counts = class_counts(trainer, pl_module, self.labels) if counts is None else counts
+            raw = balanced_weights(counts) if named == "balanced" else class_balanced_weights(counts, self._beta)
+        else:
+            raw = named if isinstance(named, Tensor) else None
+        if raw is not None:
+            if counts is not None and counts.shape != raw.shape:
+                raise ShapeMismatch(f"There are {len(raw)} class weights and class_counts of {len(counts)} classes.")
+            self._take(self._transformed(raw), counts)
+        if self.weights.sample_weighted and self.normalize == "mean1":
+            self.weights.mean_weight = self._mean_sample_weight(trainer, pl_module)
+
+    def _take(self, raw: Tensor, counts: Tensor | None) -> None:
+        check_weights(raw, "The class weights, after exponent and clip,")
+        table = normalized_weights(raw, counts) if self.normalize == "mean1" else raw
+        self.weights.set_table(table, self._strength(self._epoch))
+        if bool((table == table[0]).all()) and not self.weights.sample_weighted:
+            rank_zero_warn("ImportanceWeighting: all class weights are equal, nothing changes.", category=NoEffect)
+
+    def _mean_sample_weight(self, trainer: Any, pl_module: Any) -> float:
+        """Return the mean weight of the training samples, of class and sample together."""
+        if self.mean_weight is not None:
+            return self.mean_weight
+        sums = torch.zeros(2, dtype=torch.float64, device=pl_module.device)
+        for batch in epoch_batches(trainer, pl_module, "measuring the mean of the sample weights", "mean_weight="):
+            w = self._transformed(raw_sample_weights(batch, self.weights.selector))
+            if len(self.weights.table):
+                w = w * self.weights.table.to(w)[targets_of(batch, self.labels)]
+            sums += torch.stack([w.sum().to(sums), torch.tensor(w.numel()).to(sums)])
+        total, number = all_sum(sums).tolist()
+        if not total > 0:
+            raise InvalidArgument("The sample weights of the training data are all 0: nothing would be trained.")
+        return total / number
+
+    def weights_of(self, batch: Any, labels: Tensor) -> Tensor:
+        """Return the weight that acts on each sample of a batch now, `(B,)` in float64.
+
+        Args:
+            batch: as the loader gave it.
+            labels: `(B,)` the classes of its samples.
+        """
+        w = torch.ones(len(labels), dtype=torch.float64, device=labels.device)
+        s = self.weights.strength
+        if len(self.weights.table):
+            w = 1 + s * (self.weights.table.to(w.device)[labels] - 1)
+        if self.weights.sample_weighted:
+            own = self._transformed(raw_sample_weights(batch, self.weights.selector)) / self.weights.mean_weight
+            w = w * (1 + s * (own.to(w.device) - 1))
+        return w
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    def _loss_modules(self, module: Any) -> list[Any]:
+        found = loss_modules(module, all_of_them=self.mode == "module")
+        if self.mode == "module" and self.match not in ("auto", "all", "first"):
+            found = {k: m for k, m in found.items() if self.match in (k, type(m).__name__)}
+        return list(dict.fromkeys(found.values()))
+
+    def run_step(self, module: Any, batch: Any, batch_idx: int, step: Callable[[], Any]) -> Any:
+        """Run the user's step with its losses weighted."""
+        trainer, weights = module.trainer, self.weights
+        weights.begin(batch, first=batch_idx == 0)
+        windows = module.automatic_optimization and trainer.accumulate_grad_batches > 1
+        weights.deferred = self.normalize == "batch" and windows
+        try:
+            output = self._weighted_step(module, batch, step)
+            self._check_step(module, output)
+            self._means.add({"hits": float(weights.hits)}, weight=1)
+        finally:
+            weights.end()
+        return output
+
+    def _weighted_step(self, module: Any, batch: Any, step: Callable[[], Any]) -> Any:
+        if self.mode == "gradient":
+            ((_, layer),) = match_layers(module, self.head or "").items()
+            hook = GradientInterception(layer, lambda: self._gradient_weights(batch), self.select)
+            try:
+                return step()
+            finally:
+                self.weights.hits = hook.calls
+                hook.remove()
+        hooks: list[ModuleInterception] = []
+        if self.mode != "function":
+            hooks = [ModuleInterception(m, self.weights, self._functions) for m in self._loss_modules(module)]
+        try:
+            if self._functions is None:
+                return step()
+            with self._functions:
+                return step()
+        finally:
+            for hooked in hooks:
+                hooked.remove()
+
+    def _gradient_weights(self, batch: Any) -> Tensor:
+        """Return the factor of each row's gradient."""
+        sizes: Any = targets_of(batch, self.labels)
+        w = self.weights_of(batch, sizes)
+        if self.normalize == "batch":
+            both = all_sum(torch.stack([torch.tensor(float(len(w)), dtype=w.dtype, device=w.device), w.sum()]))
+            if float(both[0]) == 1:
+                raise InvalidArgument("normalize='batch' with a batch of one sample: its weight cancels. Use 'mean1'.")
+            w = w * both[0] / both[1].clamp(min=1e-300)
+        return w
+
+    def _check_step(self, module: Any, output: Any) -> None:
+        """Refuse a step in which nothing was weighted: silence would look like weights that do nothing."""
+        weights = self.weights
+        loss = output.get("loss") if isinstance(output, dict) else output
+        trains = isinstance(loss, Tensor) and loss.requires_grad
+        if not weights.hits and (trains or not module.automatic_optimization):
+            called = f"It calls {', '.join(weights.called)}. " if weights.called else ""
+            what = f"the head {self.head!r} did not run" if self.mode == "gradient" else "no loss could be weighted"
+            raise InvalidArgument(
+                f"{what.capitalize()} in {type(module).__name__}.training_step (mode={self.mode!r}, "
+                f"match={self.match!r}). {called}{_REMEDIES} If the whole module is compiled, compile its inner network."
+            )
+        hub = vars(module).get("training_step")
+        if weights.deferred and (loss is not weights.result or getattr(hub, "participants", [])):
+            raise UnsupportedTraining(
+                "normalize='batch' over accumulated batches divides the gradient in the end, which is exact only if the "
+                "weighted loss is all that training_step returns. Use normalize='mean1', or do not accumulate."
+            )
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Divide by the weights of all accumulated batches, which are known only now."""
+        number, total = self.weights.seen
+        if not self.weights.deferred or number == 0:
+            return
+        if number == 1:
+            raise InvalidArgument("normalize='batch' with a batch of one sample: its weight cancels. Use 'mean1'.")
+        self.weights.seen = [0.0, 0.0]
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, number / total if total > 0 else 0.0)
+
+    # -- validation --------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start the weighted risk anew."""
+        self.weights.risk = torch.zeros(2, dtype=torch.float64)
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Catch the losses of the validation step: to measure the weighted risk, or to weight them if asked to."""
+        ready = self._module is not None and self._prepared and not trainer.sanity_checking
+        if not ready or self.mode == "gradient" or not self._can_measure(batch):
+            return
+        self.weights.begin(batch)
+        self.weights.evaluating, self.weights.measuring = True, not self.weight_validation
+        self._validation = LossInterception(self.weights)
+        self._hooks = [ModuleInterception(m, self.weights, self._validation) for m in self._loss_modules(pl_module)]
+        self._validation.__enter__()
+        self._entered = True
+
+    def _can_measure(self, batch: Any) -> bool:
+        if not self.weights.sample_weighted or self.weight_validation:
+            return True
+        try:
+            raw_sample_weights(batch, self.weights.selector)
+        except LightningMethodsError as error:
+            self._tell_once("the validation risk is not logged", error)
+            return False
+        return True
+
+    def _tell_once(self, what: str, error: Exception) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            rank_zero_warn(f"ImportanceWeighting: {what}: {error}", category=NoEffect)
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        """Let go of the validation step."""
+        self._leave_validation()
+
+    def _leave_validation(self) -> None:
+        if not self._entered:
+            return
+        self._entered = False
+        self._validation.__exit__(None, None, None)
+        for hooked in self._hooks:
+            hooked.remove()
+        self.weights.evaluating = self.weights.measuring = False
+        self.weights.end()
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log the weighted mean of the losses."""
+        if trainer.sanity_checking or self._module is None:
+            return
+        losses, weights = all_sum(self.weights.risk.to(pl_module.device)).tolist()
+        if weights > 0:
+            pl_module.log(f"{self.log_prefix}/val_risk", losses / weights, sync_dist=world_size() > 1)
+
+    # -- sampling ----------------------------------------------------------------------------------------------------
+
+    def _replace_sampler(self, trainer: Any) -> None:
+        loader = train_loader(trainer, "mode='sampler'")
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        if not isinstance(loader, DataLoader) or type(batch_sampler) is not BatchSampler:
+            raise UnsupportedTraining(
+                "mode='sampler' needs a DataLoader of a map-style dataset with a batch_size. Give the loader a "
+                "DistributedWeightedSampler yourself, or use mode='auto'."
+            )
+        if isinstance(batch_sampler.sampler, DistributedWeightedSampler):
+            return
+        found = item_labels(loader.dataset, self.labels)
+        table = self.weights.table
+        if int(found.max()) >= len(table):
+            raise InvalidArgument(f"The dataset holds the label {int(found.max())}, and there are {len(table)} weights.")
+        sampler = DistributedWeightedSampler(
+            table[found], len(batch_sampler.sampler) * world_size(), seed=torch.initial_seed() % 2**31
+        )
+        sampler.set_epoch(trainer.current_epoch)
+        self._sampling = (batch_sampler, batch_sampler.sampler)
+        batch_sampler.sampler = sampler
+        if loader.num_workers:
+            # its workers were told the first indices already, when Lightning made the iterator
+            fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
+            if fetcher is None:
+                raise UnsupportedTraining("mode='sampler' cannot restart the workers of the loader; use num_workers=0.")
+            iter(fetcher)
+
+    # -- estimation --------------------------------------------------------------------------------------------------
+
+    def _estimate(self, trainer: Any, pl_module: Any, epoch: int) -> None:
+        """Estimate class weights from the target as of the end of an epoch, if that is due and was not done."""
+        shift = self.class_weights
+        if not isinstance(shift, LabelShift) or epoch <= self._estimated:
+            return
+        if epoch + 1 < shift.start_epoch or (epoch + 1 - shift.start_epoch) % shift.every_n_epochs:
+            return
+        self._estimated = epoch
+        source, labels = self._logits(trainer, pl_module, shift.source, labelled=True)
+        target, _ = self._logits(trainer, pl_module, shift.target, labelled=False)
+        try:
+            found = shift.estimate(source, labels, target)
+        except InvalidArgument as error:
+            self._tell_once("the label shift could not be estimated, and the weights stay", error)
+            return
+        self.estimate = found
+        self._take(self._transformed(found.weights), found.source_prior)
+        self._show(trainer, found)
+
+    def _logits(self, trainer: Any, pl_module: Any, loader: Any, *, labelled: bool) -> tuple[Tensor, Tensor]:
+        """Return logits and labels of all ranks."""
+        logits, labels = [], []
+        for batch in batches(trainer, pl_module, loader, description="ImportanceWeighting: reading the logits"):
+            z = pl_module(inputs_of(batch))
+            if not isinstance(z, Tensor):
+                raise BatchFormat(f"The module returned {type(z).__name__} for its inputs; logits (B, C) are needed.")
+            logits.append(z.float())
+            if labelled:
+                labels.append(targets_of(batch, self.labels))
+        if not logits:
+            raise UnsupportedTraining(f"LabelShift got no batch of {loader!r}; give it a loader.")
+        z = gather_rows(torch.cat(logits))
+        return z, gather_rows(torch.cat(labels)) if labelled else torch.empty(0)
+
+    def _show(self, trainer: Any, found: ShiftEstimate) -> None:
+        names = [str(c) for c in range(len(found.weights))]
+        rows = [
+            [c, float(w), float(low), float(high), float(s), float(t)]
+            for c, w, low, high, s, t in zip(
+                names, found.weights, found.low, found.high, found.source_prior, found.target_prior, strict=True
+            )
+        ]
+        columns = ["class", "weight", "from", "to", "source share", "target share"]
+        self.figure_paths = log_table(trainer, f"{self.log_prefix}/label_shift", columns, rows)
+        figure = heatmap(
+            found.confusion,
+            names,
+            names,
+            title=f"Confusion on the labelled source, condition number {found.condition_number:.3g}",
+            x_label="true class",
+            y_label="predicted",
+            value_label="share",
+            vmin=0.0,
+        )
+        self.figure_paths += log_figure(trainer, f"{self.log_prefix}/confusion", figure)
+
+
+def _checked(class_weights: Any) -> Any:
+    if class_weights is None or isinstance(class_weights, LabelShift):
+        return class_weights
+    if isinstance(class_weights, str):
+        name = class_weights.partition(":")[0]
+        check_choice("class_weights", name, ("balanced", "effective_number"))
+        return name
+    w = check_weights(class_weights, "class_weights")
+    if w.ndim != 1 or len(w) < 2:
+        raise InvalidArgument(f"class_weights={class_weights!r:.80}: a number for each of at least two classes.")
+    return w
+
+
+def _beta(class_weights: Any) -> float:
+    """Return the beta of the effective number."""
+    name, _, number = class_weights.partition(":") if isinstance(class_weights, str) else ("", "", "")
+    if not number:
+        return 0.999
+    try:
+        beta = float(number)
+    except ValueError:
+        beta = -1.0
+    if name != "effective_number" or not 0 <= beta < 1:
+        raise InvalidArgument(f"class_weights={class_weights!r}: 'effective_number:0.999', from 0 to below 1, is meant.")
+    return beta
+
+
+def _check_settings(mode: str, head: Any, sample_weights: Any, normalize: str, class_weights: Any) -> None:
+    if (mode == "gradient") != (head is not None):
+        raise InvalidArgument(
+            f"mode={mode!r} with head={head!r}: the layer that gives the logits is needed for 'gradient', and only there."
+        )
+    if mode == "sampler" and (sample_weights is not None or isinstance(class_weights, LabelShift)):
+        raise InvalidArgument(
+            "mode='sampler' draws by class weights that are known at the start. For weights by sample give the loader a "
+            "DistributedWeightedSampler(weights)."
+        )
+    if mode == "sampler" and normalize == "batch":
+        raise InvalidArgument("mode='sampler' weights no batch, so that normalize='batch' has no meaning there.")
+
+
+def _check_numbers(exponent: Any, clip: Any, mean_weight: Any, start: int, warmup: int, schedule: Any) -> None:
+    if not 0 <= exponent < float("inf"):
+        raise InvalidArgument(f"exponent={exponent!r}: a finite number of at least 0 is needed.")
+    if clip is not None and (len(clip) != 2 or not 0 <= clip[0] < clip[1]):
+        raise InvalidArgument(f"clip={clip!r}: a pair 0 <= low < high is needed.")
+    if mean_weight is not None and not 0 < mean_weight < float("inf"):
+        raise InvalidArgument(f"mean_weight={mean_weight!r}: a positive number is needed.")
+    if start < 0 or warmup < 0:
+        raise InvalidArgument(f"start_epoch={start}, warmup_epochs={warmup}: at least 0 is needed.")
+    if schedule is not None and (start or warmup):
+        raise InvalidArgument("schedule and start_epoch or warmup_epochs both say when the weights act. Give one.")

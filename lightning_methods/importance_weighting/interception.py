@@ -1,0 +1,307 @@
+"""Put weights into the loss functions that run inside somebody else's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_methods.errors import InvalidArgument, ShapeMismatch
+
+_TAIL = ("size_average", "reduce", "reduction")
+
+
+class LossKind(NamedTuple):
+    """A loss function of torch: its name, the order of its arguments, and whether its targets are classes."""
+
+    name: str
+    arguments: tuple[str, ...]
+    classes: bool = False
+    binary: bool = False
+
+
+_CLASSES = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+LOSSES: dict[Any, LossKind] = {
+    F.cross_entropy: LossKind("cross_entropy", _CLASSES, classes=True),
+    F.nll_loss: LossKind("nll_loss", _CLASSES[:-1], classes=True),
+    F.binary_cross_entropy: LossKind("binary_cross_entropy", ("input", "target", "weight", *_TAIL), binary=True),
+    F.binary_cross_entropy_with_logits: LossKind(
+        "binary_cross_entropy_with_logits", ("input", "target", "weight", *_TAIL, "pos_weight"), binary=True
+    ),
+    F.mse_loss: LossKind("mse_loss", ("input", "target", *_TAIL, "weight")),
+    F.l1_loss: LossKind("l1_loss", ("input", "target", *_TAIL, "weight")),
+    F.smooth_l1_loss: LossKind("smooth_l1_loss", ("input", "target", *_TAIL, "beta")),
+    F.huber_loss: LossKind("huber_loss", ("input", "target", "reduction", "delta", "weight")),
+    F.kl_div: LossKind("kl_div", ("input", "target", *_TAIL, "log_target")),
+}
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """One call of a loss function, before it is reduced.
+
+    Attributes:
+        name: of the function or class.
+        losses: what it gave without reduction.
+        target: its targets, `None` if they are unknown.
+        kind: the function of torch, `None` for a module.
+        num_classes: logits a sample, where the targets are classes.
+        ignore_index: target that does not count, where the targets are classes.
+        by_class: whether class weights are in the losses already (class probabilities as targets).
+    """
+
+    name: str
+    losses: Tensor
+    target: Tensor | None
+    kind: LossKind | None = None
+    num_classes: int | None = None
+    ignore_index: int | None = None
+    by_class: bool = False
+
+
+class Weigher(Protocol):
+    """Knows the weights of a call."""
+
+    #: whether losses are only measured, and returned as they are
+    measuring: bool
+    #: whether losses count that train nothing, as in validation
+    evaluating: bool
+
+    def measure(self, call: LossCall) -> None:
+        """Add a call to the weighted risk."""
+
+    def give(self, result: Tensor) -> Tensor:
+        """Take note of a weighted loss, and return it."""
+
+    def counts(self, name: str, x: Tensor) -> bool:
+        """Tell whether the call of this name on this input is to be weighted, having counted it."""
+
+    def neutral(self) -> bool:
+        """Tell whether all weights are 1, so that the call can stay as it is."""
+
+    def class_table(self, x: Tensor) -> Tensor | None:
+        """Return the class weights on the device of `x`."""
+
+    def weigh(self, call: LossCall) -> tuple[Tensor, Tensor | int]:
+        """Return the weighted losses, and by what a mean divides their sum."""
+
+
+class LossInterception(TorchFunctionMode):
+    """While it is entered, the loss functions of torch are weighted, called by whatever name or module.
+
+    Functions are caught where torch itself looks whether somebody overrides them, so that `F.cross_entropy`, a name
+    imported from there and `nn.CrossEntropyLoss` are all the same.
+    """
+
+    def __init__(self, weigher: Weigher) -> None:
+        super().__init__()
+        self.weigher = weigher
+        self.suspended = 0  # inside a loss module that is weighted as a whole
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = LOSSES.get(func)
+        if kind is not None and not self.suspended:
+            return self._loss(kind, func, args, kwargs or {})
+        # every operation of the step comes by here: nothing else may cost time
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _loss(self, kind: LossKind, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(kind.arguments, args, strict=False), **kwargs)
+        x, target = given["input"], given["target"]
+        if not self.weigher.counts(kind.name, x):
+            return func(*args, **kwargs)
+        measuring = self.weigher.measuring
+        if self.weigher.neutral():
+            return self.weigher.give(func(*args, **kwargs))
+        reduction = _reduction(given)
+        if not kind.classes:
+            call = LossCall(kind.name, func(**given | {"reduction": "none"}), target, kind)
+            return self._measured(call, func, args, kwargs) if measuring else reduced(call, self.weigher, reduction, given)
+        table = self.weigher.class_table(x)
+        ignore_index = given.get("ignore_index", -100)
+        number = x.shape[min(1, x.ndim - 1)]
+        soft = target.is_floating_point()
+        if soft and table is not None:
+            # E[w_c loss_c] over the classes of a soft target, which is what torch's own class weights are
+            own = given.get("weight")
+            given["weight"] = table.to(x.dtype) if own is None else own * table.to(own.dtype)
+        losses = func(**given | {"reduction": "none"})
+        call = LossCall(kind.name, losses, target, kind, number, None if soft else ignore_index, soft)
+        return self._measured(call, func, args, kwargs) if measuring else reduced(call, self.weigher, reduction, given)
+
+    def _measured(self, call: LossCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.weigher.measure(call)
+        return func(*args, **kwargs)
+
+
+def reduced(call: LossCall, weigher: Weigher, reduction: str, given: dict[str, Any]) -> Tensor:
+    """Return the weighted loss in the type that the unweighted one has."""
+    weighted, number = weigher.weigh(call)
+    kind = call.losses.dtype
+    if reduction == "none":
+        return weigher.give(weighted.to(kind))
+    if reduction == "sum":
+        return weigher.give(weighted.sum().to(kind))
+    own = given.get("weight") if call.kind is not None and call.kind.classes and not call.by_class else None
+    if own is not None and call.target is not None:
+        # torch divides by the user's own weights of the targets
+        counted = call.target != call.ignore_index
+        number = torch.where(counted, own[torch.where(counted, call.target, 0)], 0).sum()
+    elif reduction == "batchmean":
+        number = len(call.losses)
+    return weigher.give((weighted.sum() / number).to(kind))
+
+
+def _reduction(given: dict[str, Any]) -> str:
+    """Return the reduction, also where it is given by the two deprecated booleans."""
+    average, reduce = given.pop("size_average", None), given.pop("reduce", None)
+    if average is not None or reduce is not None:
+        return "none" if reduce is False else "sum" if average is False else "mean"
+    reduction = given.get("reduction", "mean")
+    if reduction not in ("mean", "sum", "none", "batchmean"):
+        raise InvalidArgument(f"reduction={reduction!r} is not known. 'mean', 'sum' or 'none' is needed.")
+    return str(reduction)
+
+
+class ModuleInterception:
+    """Hooks that weigh a loss module as a whole: anything with a `reduction` that gives one loss a sample for `none`.
+
+    For losses that are no function of torch, such as those that somebody wrote.
+    """
+
+    def __init__(self, module: Any, weigher: Weigher, functions: LossInterception | None) -> None:
+        self.module, self.weigher, self.functions = module, weigher, functions
+        self.reduction: str | None = None
+        self.handles = [
+            module.register_forward_pre_hook(_Part(self.before)),
+            module.register_forward_hook(_Part(self.after), with_kwargs=True),
+        ]
+
+    def before(self, module: Any, args: Any) -> None:
+        """Ask the module for one loss a sample."""
+        if self.reduction is not None or not (torch.is_grad_enabled() or self.weigher.evaluating):
+            return
+        self.reduction = module.reduction
+        if not self.weigher.measuring:
+            module.reduction = "none"
+        if self.functions is not None:
+            self.functions.suspended += 1
+
+    def after(self, module: Any, args: Any, kwargs: Any, losses: Any) -> Any:
+        """Weigh and reduce them."""
+        reduction, name = self.reduction, type(module).__name__
+        if reduction is None:
+            return losses
+        result = losses
+        if self.weigher.measuring:  # a second time, so that what the user sees is exactly what it was
+            module.reduction = "none"
+            losses = module.forward(*args, **kwargs)
+        self.restore()
+        if not isinstance(losses, Tensor):
+            raise InvalidArgument(f"{name} returned {type(losses).__name__}; a tensor of one loss a sample is needed.")
+        counts = self.weigher.counts(name, losses)
+        if not counts and not self.weigher.measuring:
+            return {"mean": losses.mean, "sum": losses.sum}.get(reduction, losses.clone)()
+        target = kwargs.get("target", args[1] if len(args) > 1 else None)
+        call = LossCall(name, losses, target if isinstance(target, Tensor) else None)
+        if not self.weigher.measuring:
+            return reduced(call, self.weigher, reduction, {})
+        if counts:
+            self.weigher.measure(call)
+        return result
+
+    def restore(self) -> None:
+        """Give the module its reduction back; harmless when called twice, needed after an exception."""
+        if self.reduction is not None:
+            self.module.reduction = self.reduction
+            self.reduction = None
+            if self.functions is not None:
+                self.functions.suspended -= 1
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        self.restore()
+        for handle in self.handles:
+            handle.remove()
+
+
+class GradientInterception:
+    """A hook that multiplies the gradient that comes back into one layer's output by the weight of each sample.
+
+    For losses that nothing else can take apart: they must be a mean of one loss a sample, which is what arrives here
+    already multiplied by 1 / B.
+    """
+
+    def __init__(self, layer: torch.nn.Module, weights: Callable[[], Tensor], select: int | str | None) -> None:
+        self.weights, self.select = weights, select
+        self.calls = 0
+        self.handle = layer.register_forward_hook(_Part(self.after))
+
+    def after(self, layer: Any, args: Any, output: Any) -> None:
+        """Wait for the gradient of the output."""
+        x = output if self.select is None else output[self.select]
+        if not isinstance(x, Tensor):
+            raise InvalidArgument(f"The head returned a {type(x).__name__}; say which item is the tensor with select=.")
+        if x.requires_grad:
+            self.calls += 1
+            weights = self.weights()
+            if weights.shape != x.shape[:1]:
+                raise ShapeMismatch(f"The head gave {tuple(x.shape)} and there are {len(weights)} samples to weight.")
+            factor = weights.to(x.device, torch.promote_types(x.dtype, torch.float32)).view(-1, *[1] * (x.ndim - 1))
+            x.register_hook(lambda gradient: (gradient * factor).to(gradient.dtype))
+
+    def remove(self) -> None:
+        """Take the hook away."""
+        self.handle.remove()
+
+
+class _Part:
+    """A hook, as an object so that copies of the module get rid of it."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert_factory, ()
+
+
+def _inert(*_: Any, **__: Any) -> None:
+    """Stand-in for a hook in copies of the module."""
+
+
+def _inert_factory() -> Callable[..., None]:
+    return _inert
+
+
+def loss_modules(root: torch.nn.Module, *, all_of_them: bool) -> dict[str, torch.nn.Module]:
+    """Return the loss modules in a module: those with a `reduction` that are named or made as losses.
+
+    Without `all_of_them` those are left out whose function of torch is caught by itself.
+    """
+    caught = {
+        torch.nn.CrossEntropyLoss,
+        torch.nn.NLLLoss,
+        torch.nn.BCELoss,
+        torch.nn.BCEWithLogitsLoss,
+        torch.nn.MSELoss,
+        torch.nn.L1Loss,
+        torch.nn.SmoothL1Loss,
+        torch.nn.HuberLoss,
+        torch.nn.KLDivLoss,
+    }
+    return {
+        name: module
+        for name, module in root.named_modules()
+        if name
+        and getattr(module, "reduction", None) in ("mean", "sum", "none")
+        and "loss" in type(module).__name__.lower()
+        and (all_of_them or type(module) not in caught)
+    }
