@@ -18,6 +18,13 @@ _EXPORTS = {
     "RepresentationSimilarity": "cka",
     "MinibatchCKA": "cka",
     "StreamingCKA": "cka",
+    "ImportanceWeighting": "importance_weighting",
+    "WeightEffectMonitor": "importance_weighting",
+    "PolyTailLoss": "importance_weighting",
+    "VSLoss": "importance_weighting",
+    "LDAMLoss": "importance_weighting",
+    "LogitAdjustedLoss": "importance_weighting",
+    "DistributedWeightedSampler": "importance_weighting",
     "DigitsDataModule": "data",
     "MNISTDataModule": "data",
     "CIFAR10DataModule": "data",
@@ -41,6 +48,13 @@ if TYPE_CHECKING:
     from lightning_methods.data import ImbalancedSubset as ImbalancedSubset
     from lightning_methods.data import MNISTDataModule as MNISTDataModule
     from lightning_methods.data import NoisyLabels as NoisyLabels
+    from lightning_methods.importance_weighting import DistributedWeightedSampler as DistributedWeightedSampler
+    from lightning_methods.importance_weighting import ImportanceWeighting as ImportanceWeighting
+    from lightning_methods.importance_weighting import LDAMLoss as LDAMLoss
+    from lightning_methods.importance_weighting import LogitAdjustedLoss as LogitAdjustedLoss
+    from lightning_methods.importance_weighting import PolyTailLoss as PolyTailLoss
+    from lightning_methods.importance_weighting import VSLoss as VSLoss
+    from lightning_methods.importance_weighting import WeightEffectMonitor as WeightEffectMonitor
     from lightning_methods.models import Classifier as Classifier
     from lightning_methods.snnl import DeepKNN as DeepKNN
     from lightning_methods.snnl import Entanglement as Entanglement

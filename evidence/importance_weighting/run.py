@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="folder of the data sets; default ./data")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, help="default 600 for digits, 100 for MNIST")
+    parser.add_argument("--epochs", type=int, help="default 600 for digits, 100 for MNIST and CIFAR-10")
+    parser.add_argument("--images", type=int, default=1000, help="of each class of CIFAR-10, unless --full")
+    parser.add_argument("--every", type=int, default=5, help="epochs between measurements on CIFAR-10")
     parser.add_argument("--full", action="store_true", help="CIFAR-10 at the paper's size")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -57,7 +59,9 @@ def main() -> None:
     elif args.part == "cifar10":
         import images
 
-        numbers = images.cifar10(args)
+        args.epochs = args.epochs or 100
+        images.cifar10(args, lambda numbers: write(args.part, args, numbers, time.monotonic() - start))
+        return
     else:
         args.epochs = args.epochs or (600 if args.part == "digits" else 100)
         numbers, curves = heads.images(args.part, args.root, args.seeds, args.epochs, args.device)

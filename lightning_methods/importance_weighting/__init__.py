@@ -18,6 +18,7 @@ from lightning_methods.importance_weighting.losses import (
     VSLoss,
     poly_tail_loss,
 )
+from lightning_methods.importance_weighting.monitor import WeightEffectMonitor
 from lightning_methods.importance_weighting.sampler import DistributedWeightedSampler
 from lightning_methods.importance_weighting.shift import (
     bbse,
@@ -46,6 +47,7 @@ __all__ = [
     "PolyTailLoss",
     "ShiftEstimate",
     "VSLoss",
+    "WeightEffectMonitor",
     "balanced_weights",
     "bbse",
     "boundary_shift",

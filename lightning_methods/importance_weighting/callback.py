@@ -137,6 +137,7 @@ class ImportanceWeighting(Callback):
         check_choice("mode", mode, ("auto", "function", "module", "gradient", "sampler"))
         self.class_weights = _checked(class_weights)
         self._beta = _beta(class_weights)
+        self._given = f"{class_weights} {sample_weights}" if not callable(sample_weights) else f"{class_weights}"
         if class_weights is None and sample_weights is None:
             raise InvalidArgument("Neither class_weights nor sample_weights are given: nothing would be weighted.")
         _check_settings(mode, head, sample_weights, normalize, class_weights)
@@ -169,6 +170,11 @@ class ImportanceWeighting(Callback):
     def _transformed(self, weights: Tensor) -> Tensor:
         w = weights if self.exponent == 1 else weights.pow(self.exponent)
         return w if self.clip is None else w.clamp(*self.clip)
+
+    @property
+    def state_key(self) -> str:
+        """Let two of them get as far as the error that says why there cannot be two."""
+        return self._generate_state_key(weights=self._given, log_prefix=self.log_prefix)
 
     # -- life in the trainer -----------------------------------------------------------------------------------------
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_methods.cka import RepresentationSimilarity
 from lightning_methods.errors import UnsupportedTraining
+from lightning_methods.importance_weighting import ImportanceWeighting, WeightEffectMonitor
 from lightning_methods.snnl import DeepKNN, Entanglement, SoftNearestNeighborLoss
 from lightning_methods.snnl.functional import feature_rows, soft_nearest_neighbor_loss
 from lightning_methods.snnl.temperature import median_temperature, paper_temperature_step
@@ -101,6 +103,21 @@ class MeasuredModule(TinyModule):
         return super().total_loss(layers, y)
 
 
+# -- importance weighting ----------------------------------------------------------------------------------------------
+
+CLASS_WEIGHTS = [1.0, 2.0, 4.0]
+
+
+class WeightedByHand(TinyModule):
+    """Class weights of mean 1 in the cross-entropy."""
+
+    def own_loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        weights = torch.tensor(CLASS_WEIGHTS, dtype=torch.float64)
+        weights = (weights / weights.mean()).to(torch.promote_types(logits.dtype, torch.float32))
+        losses = weights[y] * F.cross_entropy(logits, y, reduction="none")
+        return losses.mean() if self.settings.divisor is None else losses.sum() / self.settings.divisor
+
+
 PAPER_WEIGHT = -0.1  # -10 is meant for wide convolutional layers
 
 _SNNL_REFUSED = {"manual": UnsupportedTraining}
@@ -169,5 +186,34 @@ RECIPES = [
         figures=("cka/heatmap", "cka/curves"),
         tables=("cka/pairs", "cka/layers"),
         local=True,
+    ),
+    Recipe(
+        "importance-weighting",
+        "importance_weighting",
+        "`ImportanceWeighting`",
+        callbacks=lambda: [ImportanceWeighting(CLASS_WEIGHTS)],
+        reference=WeightedByHand,
+        scalars=("importance_weighting/hits", "importance_weighting/strength", "importance_weighting/val_risk"),
+    ),
+    Recipe(
+        "weight-effect",
+        "importance_weighting",
+        "`WeightEffectMonitor`",
+        callbacks=lambda: [WeightEffectMonitor(class_weights=CLASS_WEIGHTS, log_prefix="effect")],
+        probe=True,
+        scalars=("effect/effect", "effect/gradient_cosine", "effect/share/2", "effect/fraction/noise/0"),
+        figures=("effect/effect_by_epoch", "effect/fraction_in_domain", "effect/weights"),
+        tables=("effect/classes", "effect/effect_table"),
+    ),
+    Recipe(
+        "weight-effect-twin",
+        "importance_weighting",
+        "`WeightEffectMonitor`, twin",
+        callbacks=lambda: [WeightEffectMonitor(class_weights=CLASS_WEIGHTS, log_prefix="twin", twin=True)],
+        probe=True,
+        refused={"manual": UnsupportedTraining},
+        scalars=("twin/twin_gap/in_domain", "twin/twin_agreement/noise"),
+        figures=("twin/effect_by_epoch",),
+        tables=("twin/effect_table",),
     ),
 ]
