@@ -69,7 +69,8 @@ def digits() -> tuple[Tensor, Tensor, dict[str, Any]]:
 
 
 def mnist(root: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Return 1,000 + 1,000 training images of 3 and 5, 500 + 500 held-out ones, 2,000 of the other digits, and noise."""
+    """Return 1,000 + 1,000 training images of 3 and 5, 500 + 500 held-out ones, 2,000 of the other digits, and "
+    "noise."""
     raw = Path(root) / "MNIST" / "raw"
     images, labels = (_idx(raw / f"train-{name}") for name in ("images-idx3-ubyte", "labels-idx1-ubyte"))
     return _task(torch.from_numpy(images).flatten(1).float(), torch.from_numpy(labels).long(), train=1000, test=500)

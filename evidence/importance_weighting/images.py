@@ -23,7 +23,7 @@ NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"
 CAT, DOG = NAMES.index("cat"), NAMES.index("dog")
 CONDITIONS: dict[str, dict[str, float]] = {
     "plain": {},
-    "L2": {"decay": 1e-2},
+    "L2 1e-3": {"decay": 1e-3},
     "batch norm": {"norm": 1},
     "dropout 0.5": {"dropout": 0.5, "lr": 0.05},
 }

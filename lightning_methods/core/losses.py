@@ -68,7 +68,8 @@ class LossHub:
     can. It is called where Lightning calls the step: inside DDP's forward and the precision plugin's autocast, before
     the loss is divided for accumulation and scaled. The terms themselves are computed with autocast off.
 
-    Use `LossHub.join` (or `LossHub.wrap`) and `LossHub.leave`. Copies and pickles of the module have the user's own step.
+    Use `LossHub.join` (or `LossHub.wrap`) and `LossHub.leave`. Copies and pickles of the module have the user's own
+    step.
     """
 
     def __init__(self, module: Any) -> None:

@@ -8,15 +8,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader
 
-from lightning_methods.core._lightning import Callback, rank_zero_info, rank_zero_warn
-from lightning_methods.core.batches import Selector, inputs_of, targets_of
-from lightning_methods.core.gather import all_sum, gather_rows, world_size
+from lightning_methods.core._lightning import Callback, rank_zero_warn
+from lightning_methods.core.batches import targets_of
+from lightning_methods.core.gather import all_sum, world_size
 from lightning_methods.core.layers import match_layers
 from lightning_methods.core.losses import LossHub
 from lightning_methods.core.means import EpochMeans
-from lightning_methods.core.passes import batches
 from lightning_methods.errors import (
     BatchFormat,
     InvalidArgument,
@@ -26,8 +24,8 @@ from lightning_methods.errors import (
     UnsupportedTraining,
     check_choice,
 )
-from lightning_methods.importance_weighting.datasets import class_counts, epoch_batches, item_labels, train_loader
-from lightning_methods.importance_weighting.estimation import LabelShift, ShiftEstimate
+from lightning_methods.importance_weighting.datasets import class_counts, draw_by_weight, epoch_batches
+from lightning_methods.importance_weighting.estimation import LabelShift, ShiftEstimate, read_logits, show_estimate
 from lightning_methods.importance_weighting.functional import (
     balanced_weights,
     check_weights,
@@ -40,9 +38,14 @@ from lightning_methods.importance_weighting.interception import (
     ModuleInterception,
     loss_modules,
 )
-from lightning_methods.importance_weighting.sampler import DistributedWeightedSampler
+from lightning_methods.importance_weighting.settings import (
+    beta_of,
+    check_numbers,
+    check_settings,
+    checked_class_weights,
+)
+from lightning_methods.importance_weighting.validation import ValidationRisk
 from lightning_methods.importance_weighting.weights import BatchWeights, raw_sample_weights
-from lightning_methods.report import heatmap, log_figure, log_table
 
 Mode = Literal["auto", "function", "module", "gradient", "sampler"]
 
@@ -58,10 +61,10 @@ class ImportanceWeighting(Callback):
     .. math:: \min_\theta \frac1n \sum_i w_i\, \ell(f_\theta(x_i), y_i), \qquad w_i = \frac{q(x_i, y_i)}{p(x_i, y_i)}
 
     The loss functions that `training_step` calls are caught and weighted before their reduction: `cross_entropy`,
-    `nll_loss`, `binary_cross_entropy(_with_logits)`, `mse_loss`, `l1_loss`, `smooth_l1_loss`, `huber_loss` and `kl_div`,
-    as functions and as modules, and any other module that is called a loss and has a `reduction`. The parameters are bit
-    for bit those of the module with the weights written into its step. What your module logs as its training loss is
-    the weighted loss; its validation is untouched.
+    `nll_loss`, `binary_cross_entropy(_with_logits)`, `mse_loss`, `l1_loss`, `smooth_l1_loss`, `huber_loss` and
+    `kl_div`, as functions and as modules, and any other module that is called a loss and has a `reduction`. The
+    parameters are bit for bit those of the module with the weights written into its step. What your module logs as its
+    training loss is the weighted loss; its validation is untouched.
 
     Logs `importance_weighting/hits` (weighted calls a step), `importance_weighting/strength`, and
     `importance_weighting/val_risk`, the weighted mean of the validation losses: what to stop early on, with Lightning's
@@ -78,7 +81,8 @@ class ImportanceWeighting(Callback):
             of the classes are known and else over the classes, so that the learning rate keeps its meaning; `"none"`
             leaves the weights as they are; `"batch"` divides by the mean weight of each batch, as torch does with
             `weight=`: of all ranks and all accumulated batches together.
-        mean_weight: the mean of the sample weights for `"mean1"`; measured in a pass over the training data if not given.
+        mean_weight: the mean of the sample weights for `"mean1"`; measured in a pass over the training data if not
+            given.
         exponent: raise the weights to this power first; 1.5 to 3 with `PolyTailLoss`.
         clip: smallest and largest weight, after `exponent`, before the normalisation.
         mode: `"function"` catches the functions; `"module"` the loss modules, by name with `match`; `"gradient"`
@@ -97,8 +101,8 @@ class ImportanceWeighting(Callback):
         log_prefix: first part of every logged key.
 
     Raises:
-        InvalidArgument: for weights that are negative, not finite or all 0, for settings outside of their range, for two
-            such callbacks, for a label without a weight, and for a step whose losses nothing could catch.
+        InvalidArgument: for weights that are negative, not finite or all 0, for settings outside of their range, for
+            two such callbacks, for a label without a weight, and for a step whose losses nothing could catch.
         ShapeMismatch: if there is not one weight for each logit, or for each sample.
         BatchFormat: if the weights or labels are not in the batch.
 
@@ -135,13 +139,13 @@ class ImportanceWeighting(Callback):
     ) -> None:
         check_choice("normalize", normalize, ("mean1", "batch", "none"))
         check_choice("mode", mode, ("auto", "function", "module", "gradient", "sampler"))
-        self.class_weights = _checked(class_weights)
-        self._beta = _beta(class_weights)
+        self.class_weights = checked_class_weights(class_weights)
+        self._beta = beta_of(class_weights)
         self._given = f"{class_weights} {sample_weights}" if not callable(sample_weights) else f"{class_weights}"
         if class_weights is None and sample_weights is None:
             raise InvalidArgument("Neither class_weights nor sample_weights are given: nothing would be weighted.")
-        _check_settings(mode, head, sample_weights, normalize, class_weights)
-        _check_numbers(exponent, clip, mean_weight, start_epoch, warmup_epochs, schedule)
+        check_settings(mode, head, sample_weights, normalize, class_weights)
+        check_numbers(exponent, clip, mean_weight, start_epoch, warmup_epochs, schedule)
         self.exponent, self.clip, self.normalize = exponent, clip, normalize
         self.mode, self.match, self.head, self.select = mode, match, head, select
         self.start_epoch, self.warmup_epochs, self.schedule = start_epoch, warmup_epochs, schedule
@@ -153,7 +157,7 @@ class ImportanceWeighting(Callback):
         self._functions = LossInterception(self.weights) if mode in ("auto", "function") else None
         self._module: Any = None
         self._sampling: tuple[Any, Any] | None = None
-        self._entered = False
+        self._validation = ValidationRisk(self.weights, change=weight_validation)
         self._told: set[str] = set()
         self.reset()
 
@@ -196,11 +200,10 @@ class ImportanceWeighting(Callback):
             match_layers(pl_module, self.head or "")
         if self.mode == "module" and not self._loss_modules(pl_module):
             raise UnsupportedTraining(
-                f"mode='module' found no loss module{'' if self.match == 'auto' else f' that match={self.match!r} names'} "
-                f"in {type(pl_module).__name__}: a submodule called ...Loss, with `reduction`, is needed."
+                f"mode='module' found no loss module with match={self.match!r} in {type(pl_module).__name__}: a "
+                f"submodule "
+                f"called ...Loss, with `reduction`, is needed."
             )
-        if self.mode == "sampler" and not pl_module.automatic_optimization:
-            rank_zero_info("ImportanceWeighting: the samples are drawn by weight; the losses are left as they are.")
         self._module = pl_module
         if self.mode != "sampler":
             LossHub.wrap(pl_module, self)
@@ -211,12 +214,12 @@ class ImportanceWeighting(Callback):
             self._prepare(trainer, pl_module)
             self._prepared = True
         if self.mode == "sampler":
-            self._replace_sampler(trainer)
+            self._sampling = draw_by_weight(trainer, self.weights.table, self.labels) or self._sampling
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Replace the sampler of a loader that was made anew."""
         if self.mode == "sampler":
-            self._replace_sampler(trainer)
+            self._sampling = draw_by_weight(trainer, self.weights.table, self.labels) or self._sampling
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Close an epoch that was saved at its last batch: after resuming, Lightning calls none of its hooks again."""
@@ -270,7 +273,7 @@ class ImportanceWeighting(Callback):
 
     def release(self) -> None:
         """Take everything out of module and loader; harmless when called twice."""
-        self._leave_validation()
+        self._validation.leave()
         self.weights.end()
         if self._module is not None:
             LossHub.leave(self._module, self)
@@ -295,6 +298,7 @@ class ImportanceWeighting(Callback):
     def _prepare(self, trainer: Any, pl_module: Any) -> None:
         """Make the table of class weights, and the mean of sample weights."""
         counts, named = self.class_counts, self.class_weights
+        raw: Tensor | None
         if isinstance(named, str):
             counts = class_counts(trainer, pl_module, self.labels) if counts is None else counts
             raw = balanced_weights(counts) if named == "balanced" else class_balanced_weights(counts, self._beta)
@@ -322,7 +326,7 @@ class ImportanceWeighting(Callback):
         for batch in epoch_batches(trainer, pl_module, "measuring the mean of the sample weights", "mean_weight="):
             w = self._transformed(raw_sample_weights(batch, self.weights.selector))
             if len(self.weights.table):
-                w = w * self.weights.table.to(w)[targets_of(batch, self.labels)]
+                w = w * self.weights.by_label(targets_of(batch, self.labels))
             sums += torch.stack([w.sum().to(sums), torch.tensor(w.numel()).to(sums)])
         total, number = all_sum(sums).tolist()
         if not total > 0:
@@ -334,12 +338,18 @@ class ImportanceWeighting(Callback):
 
         Args:
             batch: as the loader gave it.
-            labels: `(B,)` the classes of its samples.
+            labels: `(B,)` the classes of its samples; those below 0 are ignored ones.
+
+        Raises:
+            BatchFormat: if there is not one target a sample, or the batch holds no weights.
+            InvalidArgument: for a label without a weight.
         """
+        if not isinstance(labels, Tensor) or labels.ndim != 1:
+            raise BatchFormat("One target a sample is needed, (B,); say where it is in a batch with labels=.")
         w = torch.ones(len(labels), dtype=torch.float64, device=labels.device)
         s = self.weights.strength
         if len(self.weights.table):
-            w = 1 + s * (self.weights.table.to(w.device)[labels] - 1)
+            w = 1 + s * (self.weights.by_label(labels) - 1)
         if self.weights.sample_weighted:
             own = self._transformed(raw_sample_weights(batch, self.weights.selector)) / self.weights.mean_weight
             w = w * (1 + s * (own.to(w.device) - 1))
@@ -409,12 +419,14 @@ class ImportanceWeighting(Callback):
             what = f"the head {self.head!r} did not run" if self.mode == "gradient" else "no loss could be weighted"
             raise InvalidArgument(
                 f"{what.capitalize()} in {type(module).__name__}.training_step (mode={self.mode!r}, "
-                f"match={self.match!r}). {called}{_REMEDIES} If the whole module is compiled, compile its inner network."
+                f"match={self.match!r}). {called}{_REMEDIES} If the whole module is compiled, compile its inner "
+                f"network."
             )
         hub = vars(module).get("training_step")
         if weights.deferred and (loss is not weights.result or getattr(hub, "participants", [])):
             raise UnsupportedTraining(
-                "normalize='batch' over accumulated batches divides the gradient in the end, which is exact only if the "
+                "normalize='batch' over accumulated batches divides the gradient in the end, which is exact only if "
+                "the "
                 "weighted loss is all that training_step returns. Use normalize='mean1', or do not accumulate."
             )
 
@@ -433,21 +445,15 @@ class ImportanceWeighting(Callback):
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the weighted risk anew."""
-        self.weights.risk = torch.zeros(2, dtype=torch.float64)
+        self._validation.begin()
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Catch the losses of the validation step: to measure the weighted risk, or to weight them if asked to."""
         ready = self._module is not None and self._prepared and not trainer.sanity_checking
-        if not ready or self.mode == "gradient" or not self._can_measure(batch):
-            return
-        self.weights.begin(batch)
-        self.weights.evaluating, self.weights.measuring = True, not self.weight_validation
-        self._validation = LossInterception(self.weights)
-        self._hooks = [ModuleInterception(m, self.weights, self._validation) for m in self._loss_modules(pl_module)]
-        self._validation.__enter__()
-        self._entered = True
+        if ready and self._can_measure(batch):
+            self._validation.enter(batch, self._loss_modules(pl_module))
 
     def _can_measure(self, batch: Any) -> bool:
         if not self.weights.sample_weighted or self.weight_validation:
@@ -466,54 +472,15 @@ class ImportanceWeighting(Callback):
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         """Let go of the validation step."""
-        self._leave_validation()
-
-    def _leave_validation(self) -> None:
-        if not self._entered:
-            return
-        self._entered = False
-        self._validation.__exit__(None, None, None)
-        for hooked in self._hooks:
-            hooked.remove()
-        self.weights.evaluating = self.weights.measuring = False
-        self.weights.end()
+        self._validation.leave()
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the weighted mean of the losses."""
         if trainer.sanity_checking or self._module is None:
             return
-        losses, weights = all_sum(self.weights.risk.to(pl_module.device)).tolist()
-        if weights > 0:
-            pl_module.log(f"{self.log_prefix}/val_risk", losses / weights, sync_dist=world_size() > 1)
-
-    # -- sampling ----------------------------------------------------------------------------------------------------
-
-    def _replace_sampler(self, trainer: Any) -> None:
-        loader = train_loader(trainer, "mode='sampler'")
-        batch_sampler = getattr(loader, "batch_sampler", None)
-        if not isinstance(loader, DataLoader) or type(batch_sampler) is not BatchSampler:
-            raise UnsupportedTraining(
-                "mode='sampler' needs a DataLoader of a map-style dataset with a batch_size. Give the loader a "
-                "DistributedWeightedSampler yourself, or use mode='auto'."
-            )
-        if isinstance(batch_sampler.sampler, DistributedWeightedSampler):
-            return
-        found = item_labels(loader.dataset, self.labels)
-        table = self.weights.table
-        if int(found.max()) >= len(table):
-            raise InvalidArgument(f"The dataset holds the label {int(found.max())}, and there are {len(table)} weights.")
-        sampler = DistributedWeightedSampler(
-            table[found], len(batch_sampler.sampler) * world_size(), seed=torch.initial_seed() % 2**31
-        )
-        sampler.set_epoch(trainer.current_epoch)
-        self._sampling = (batch_sampler, batch_sampler.sampler)
-        batch_sampler.sampler = sampler
-        if loader.num_workers:
-            # its workers were told the first indices already, when Lightning made the iterator
-            fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
-            if fetcher is None:
-                raise UnsupportedTraining("mode='sampler' cannot restart the workers of the loader; use num_workers=0.")
-            iter(fetcher)
+        risk = self._validation.value(pl_module.device)
+        if risk is not None:
+            pl_module.log(f"{self.log_prefix}/val_risk", risk, sync_dist=world_size() > 1)
 
     # -- estimation --------------------------------------------------------------------------------------------------
 
@@ -525,8 +492,8 @@ class ImportanceWeighting(Callback):
         if epoch + 1 < shift.start_epoch or (epoch + 1 - shift.start_epoch) % shift.every_n_epochs:
             return
         self._estimated = epoch
-        source, labels = self._logits(trainer, pl_module, shift.source, labelled=True)
-        target, _ = self._logits(trainer, pl_module, shift.target, labelled=False)
+        source, labels = read_logits(trainer, pl_module, shift.source, self.labels, labelled=True)
+        target, _ = read_logits(trainer, pl_module, shift.target, self.labels, labelled=False)
         try:
             found = shift.estimate(source, labels, target)
         except InvalidArgument as error:
@@ -534,95 +501,4 @@ class ImportanceWeighting(Callback):
             return
         self.estimate = found
         self._take(self._transformed(found.weights), found.source_prior)
-        self._show(trainer, found)
-
-    def _logits(self, trainer: Any, pl_module: Any, loader: Any, *, labelled: bool) -> tuple[Tensor, Tensor]:
-        """Return logits and labels of all ranks."""
-        logits, labels = [], []
-        for batch in batches(trainer, pl_module, loader, description="ImportanceWeighting: reading the logits"):
-            z = pl_module(inputs_of(batch))
-            if not isinstance(z, Tensor):
-                raise BatchFormat(f"The module returned {type(z).__name__} for its inputs; logits (B, C) are needed.")
-            logits.append(z.float())
-            if labelled:
-                labels.append(targets_of(batch, self.labels))
-        if not logits:
-            raise UnsupportedTraining(f"LabelShift got no batch of {loader!r}; give it a loader.")
-        z = gather_rows(torch.cat(logits))
-        return z, gather_rows(torch.cat(labels)) if labelled else torch.empty(0)
-
-    def _show(self, trainer: Any, found: ShiftEstimate) -> None:
-        names = [str(c) for c in range(len(found.weights))]
-        rows = [
-            [c, float(w), float(low), float(high), float(s), float(t)]
-            for c, w, low, high, s, t in zip(
-                names, found.weights, found.low, found.high, found.source_prior, found.target_prior, strict=True
-            )
-        ]
-        columns = ["class", "weight", "from", "to", "source share", "target share"]
-        self.figure_paths = log_table(trainer, f"{self.log_prefix}/label_shift", columns, rows)
-        figure = heatmap(
-            found.confusion,
-            names,
-            names,
-            title=f"Confusion on the labelled source, condition number {found.condition_number:.3g}",
-            x_label="true class",
-            y_label="predicted",
-            value_label="share",
-            vmin=0.0,
-        )
-        self.figure_paths += log_figure(trainer, f"{self.log_prefix}/confusion", figure)
-
-
-def _checked(class_weights: Any) -> Any:
-    if class_weights is None or isinstance(class_weights, LabelShift):
-        return class_weights
-    if isinstance(class_weights, str):
-        name = class_weights.partition(":")[0]
-        check_choice("class_weights", name, ("balanced", "effective_number"))
-        return name
-    w = check_weights(class_weights, "class_weights")
-    if w.ndim != 1 or len(w) < 2:
-        raise InvalidArgument(f"class_weights={class_weights!r:.80}: a number for each of at least two classes.")
-    return w
-
-
-def _beta(class_weights: Any) -> float:
-    """Return the beta of the effective number."""
-    name, _, number = class_weights.partition(":") if isinstance(class_weights, str) else ("", "", "")
-    if not number:
-        return 0.999
-    try:
-        beta = float(number)
-    except ValueError:
-        beta = -1.0
-    if name != "effective_number" or not 0 <= beta < 1:
-        raise InvalidArgument(f"class_weights={class_weights!r}: 'effective_number:0.999', from 0 to below 1, is meant.")
-    return beta
-
-
-def _check_settings(mode: str, head: Any, sample_weights: Any, normalize: str, class_weights: Any) -> None:
-    if (mode == "gradient") != (head is not None):
-        raise InvalidArgument(
-            f"mode={mode!r} with head={head!r}: the layer that gives the logits is needed for 'gradient', and only there."
-        )
-    if mode == "sampler" and (sample_weights is not None or isinstance(class_weights, LabelShift)):
-        raise InvalidArgument(
-            "mode='sampler' draws by class weights that are known at the start. For weights by sample give the loader a "
-            "DistributedWeightedSampler(weights)."
-        )
-    if mode == "sampler" and normalize == "batch":
-        raise InvalidArgument("mode='sampler' weights no batch, so that normalize='batch' has no meaning there.")
-
-
-def _check_numbers(exponent: Any, clip: Any, mean_weight: Any, start: int, warmup: int, schedule: Any) -> None:
-    if not 0 <= exponent < float("inf"):
-        raise InvalidArgument(f"exponent={exponent!r}: a finite number of at least 0 is needed.")
-    if clip is not None and (len(clip) != 2 or not 0 <= clip[0] < clip[1]):
-        raise InvalidArgument(f"clip={clip!r}: a pair 0 <= low < high is needed.")
-    if mean_weight is not None and not 0 < mean_weight < float("inf"):
-        raise InvalidArgument(f"mean_weight={mean_weight!r}: a positive number is needed.")
-    if start < 0 or warmup < 0:
-        raise InvalidArgument(f"start_epoch={start}, warmup_epochs={warmup}: at least 0 is needed.")
-    if schedule is not None and (start or warmup):
-        raise InvalidArgument("schedule and start_epoch or warmup_epochs both say when the weights act. Give one.")
+        self.figure_paths = show_estimate(trainer, found, self.log_prefix)

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Subset, TensorDataset
 
 from lightning_methods.core.batches import Selector, targets_of
-from lightning_methods.core.gather import all_sum
+from lightning_methods.core.gather import all_sum, world_size
 from lightning_methods.core.passes import batches
 from lightning_methods.errors import BatchFormat, InvalidArgument, UnsupportedTraining
+from lightning_methods.importance_weighting.sampler import DistributedWeightedSampler
 
 
 def dataset_labels(dataset: Any) -> Tensor | None:
@@ -136,3 +137,40 @@ def item_labels(dataset: Any, labels: Selector) -> Tensor:
         found = torch.tensor([int(targets_of(dataset[i], labels)) for i in range(len(dataset))], dtype=torch.long)
     _check(found)
     return found
+
+
+def draw_by_weight(trainer: Any, table: Tensor, labels: Selector) -> tuple[Any, Any] | None:
+    """Let the training loader draw samples by the weights of their classes.
+
+    Returns:
+        The batch sampler that was changed, and the sampler that it had; `None` if that was done before.
+
+    Raises:
+        UnsupportedTraining: for a loader whose sampler cannot be replaced.
+        InvalidArgument: for a label without a weight.
+    """
+    loader = train_loader(trainer, "mode='sampler'")
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(loader, DataLoader) or type(batch_sampler) is not BatchSampler:
+        raise UnsupportedTraining(
+            "mode='sampler' needs a DataLoader of a map-style dataset with a batch_size. Give the loader a "
+            "DistributedWeightedSampler yourself, or use mode='auto'."
+        )
+    before = batch_sampler.sampler
+    if isinstance(before, DistributedWeightedSampler):
+        return None
+    found = item_labels(loader.dataset, labels)
+    if int(found.max()) >= len(table):
+        raise InvalidArgument(f"The dataset holds the label {int(found.max())}, and there are {len(table)} weights.")
+    drawn = len(before) * world_size()  # type: ignore[arg-type]
+    # the seed that seed_everything set on all ranks alike
+    sampler = DistributedWeightedSampler(table[found], drawn, seed=torch.initial_seed() % 2**31)
+    sampler.set_epoch(trainer.current_epoch)
+    batch_sampler.sampler = sampler
+    if loader.num_workers:
+        # its workers were told the first indices already, when Lightning made the iterator
+        fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
+        if fetcher is None:
+            raise UnsupportedTraining("mode='sampler' cannot restart the workers of the loader; use num_workers=0.")
+        iter(fetcher)
+    return batch_sampler, before

@@ -58,7 +58,9 @@ class Reader:
 
     def samples(self, trainer: Any, module: Any, loader: Any, weights: Callable[[Any, Tensor], Tensor]) -> Samples:
         """Return logits, labels and weights of the first samples, and the cosine of the first batch's gradients."""
-        logits, labels, used = [], [], []
+        logits: list[Tensor] = []
+        labels: list[Tensor] = []
+        used: list[Tensor] = []
         cosine, sums, shape = None, torch.zeros(3, dtype=torch.float64), None
         for batch in self._batches(trainer, module, loader):
             x, y = inputs_of(batch, self.inputs), targets_of(batch, self.labels)
@@ -109,8 +111,8 @@ class Reader:
 
     def _batches(self, trainer: Any, module: Any, loader: Any) -> Any:
         left = -(-self.max_samples // world_size())
-        # a loader that a passing pass must not end: closing it restores modes and random states
-        reading = batches(trainer, module, loader, description="WeightEffectMonitor: reading")
+        # closed at the end, which restores modes and random states
+        reading: Any = batches(trainer, module, loader, description="WeightEffectMonitor: reading")
         try:
             for batch in reading:
                 yield batch

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_methods.errors import InvalidArgument, LightningMethodsWarning, ShapeMismatch, check_choice
+from lightning_methods.core.batches import Selector, inputs_of, targets_of
+from lightning_methods.core.gather import gather_rows
+from lightning_methods.core.passes import batches
+from lightning_methods.errors import (
+    BatchFormat,
+    InvalidArgument,
+    LightningMethodsWarning,
+    ShapeMismatch,
+    UnsupportedTraining,
+    check_choice,
+)
 from lightning_methods.importance_weighting.functional import two_logits
 from lightning_methods.importance_weighting.shift import bbse, calibrate, condition_number, em_prior_shift, rlls
+from lightning_methods.report import heatmap, log_figure, log_table
 
 
 @dataclass(frozen=True)
@@ -45,14 +57,16 @@ class LabelShift:
 
     Args:
         method: `"em"` (default; maximum likelihood on calibrated probabilities), `"bbse"` or `"rlls"`.
-        target: in a training, the loader of unlabelled target batches, or `"test"` or `"predict"` for the trainer's own.
+        target: in a training, the loader of unlabelled target batches, or `"test"` or `"predict"` for the trainer's
+            own.
         source: in a training, labelled data that is not trained on. Default `"val"`.
         soft: whether BBSE and RLLS count probabilities rather than predictions. Default False.
         calibrated: whether EM calibrates the probabilities on the source. Default True.
         delta: of RLLS, see `rlls`. Default `1 / sqrt(n)` of the source.
         bootstrap: number of resamples for the intervals. Default 200; 0 for none.
         confidence: of the intervals. Default 0.95.
-        start_epoch: weights are 1 before the end of so many epochs, since an untrained network knows nothing. Default 1.
+        start_epoch: weights are 1 before the end of so many epochs, since an untrained network knows nothing. Default
+            1.
         every_n_epochs: how often the weights are estimated again. Default 1.
         seed: of the resamples.
 
@@ -121,7 +135,9 @@ class LabelShift:
             raise InvalidArgument(f"Samples of source and target, and labels from 0 to {classes - 1}, are needed.")
         absent = [c for c, n in enumerate(torch.bincount(y, minlength=classes).tolist()) if not n]
         if absent:
-            raise InvalidArgument(f"The classes {absent} are absent from the labelled source: their weights are unknown.")
+            raise InvalidArgument(
+                f"The classes {absent} are absent from the labelled source: their weights are unknown."
+            )
         generator = torch.Generator().manual_seed(self.seed)
         # row 0 counts every sample once: the estimate itself
         n_source = self._counts(len(y), generator, y)
@@ -181,3 +197,43 @@ class LabelShift:
         if self.method == "bbse":
             return bbse(confusion, predicted)
         return rlls(confusion, predicted, n**-0.5 if self.delta is None else self.delta)
+
+
+def read_logits(trainer: Any, module: Any, loader: Any, labels: Selector, *, labelled: bool) -> tuple[Tensor, Tensor]:
+    """Return logits and, if they are wanted, labels of a loader's samples, of all ranks.
+
+    Raises:
+        BatchFormat: if the module returns something else than logits.
+        UnsupportedTraining: if the loader gives nothing.
+    """
+    logits, found = [], []
+    for batch in batches(trainer, module, loader, description="ImportanceWeighting: reading the logits"):
+        z = module(inputs_of(batch))
+        if not isinstance(z, Tensor):
+            raise BatchFormat(f"The module returned {type(z).__name__} for its inputs; logits (B, C) are needed.")
+        logits.append(z.float())
+        if labelled:
+            found.append(targets_of(batch, labels))
+    if not logits:
+        raise UnsupportedTraining(f"LabelShift got no batch of {loader!r:.60}; give it a loader.")
+    return gather_rows(torch.cat(logits)), gather_rows(torch.cat(found)) if labelled else torch.empty(0)
+
+
+def show_estimate(trainer: Any, found: ShiftEstimate, prefix: str) -> list[Path]:
+    """Send the estimated weights with their intervals, and the confusion matrix, to the loggers."""
+    names = [str(c) for c in range(len(found.weights))]
+    values = (found.weights, found.low, found.high, found.source_prior, found.target_prior)
+    rows = [[name, *map(float, row)] for name, row in zip(names, zip(*values, strict=True), strict=True)]
+    columns = ["class", "weight", "from", "to", "source share", "target share"]
+    figure = heatmap(
+        found.confusion,
+        names,
+        names,
+        title=f"Confusion on the labelled source, condition number {found.condition_number:.3g}",
+        x_label="true class",
+        y_label="predicted",
+        value_label="share",
+        vmin=0.0,
+    )
+    written = log_table(trainer, f"{prefix}/label_shift", columns, rows)
+    return written + log_figure(trainer, f"{prefix}/confusion", figure)

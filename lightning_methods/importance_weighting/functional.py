@@ -25,7 +25,9 @@ def check_weights(weights: Tensor | Sequence[float], what: str = "The weights") 
         tensor([1., 2.], dtype=torch.float64)
     """
     try:
-        w = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+        # a list at once as float64: by itself it would become float32
+        w = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=torch.float64)
+        w = w.detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidArgument(f"{what} are {weights!r:.80}; numbers are needed: {error}") from error
     if not w.numel():

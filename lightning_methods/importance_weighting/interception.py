@@ -87,6 +87,12 @@ class Weigher(Protocol):
     def class_table(self, x: Tensor) -> Tensor | None:
         """Return the class weights on the device of `x`."""
 
+    def check_classes(self, name: str, table: Tensor | None, classes: int) -> None:
+        """Refuse weights of another number of classes than there are logits."""
+
+    def refuse_unknown(self, labels: Tensor, classes: int) -> None:
+        """Refuse labels that are no classes, naming one."""
+
     def weigh(self, call: LossCall) -> tuple[Tensor, Tensor | int]:
         """Return the weighted losses, and by what a mean divides their sum."""
 
@@ -121,7 +127,9 @@ class LossInterception(TorchFunctionMode):
         reduction = _reduction(given)
         if not kind.classes:
             call = LossCall(kind.name, func(**given | {"reduction": "none"}), target, kind)
-            return self._measured(call, func, args, kwargs) if measuring else reduced(call, self.weigher, reduction, given)
+            return (
+                self._measured(call, func, args, kwargs) if measuring else reduced(call, self.weigher, reduction, given)
+            )
         table = self.weigher.class_table(x)
         ignore_index = given.get("ignore_index", -100)
         number = x.shape[min(1, x.ndim - 1)]
@@ -130,7 +138,13 @@ class LossInterception(TorchFunctionMode):
             # E[w_c loss_c] over the classes of a soft target, which is what torch's own class weights are
             own = given.get("weight")
             given["weight"] = table.to(x.dtype) if own is None else own * table.to(own.dtype)
-        losses = func(**given | {"reduction": "none"})
+        self.weigher.check_classes(kind.name, table, number)
+        try:
+            losses = func(**given | {"reduction": "none"})
+        except (IndexError, RuntimeError):
+            if not soft:
+                self.weigher.refuse_unknown(target[target != ignore_index], number)
+            raise
         call = LossCall(kind.name, losses, target, kind, number, None if soft else ignore_index, soft)
         return self._measured(call, func, args, kwargs) if measuring else reduced(call, self.weigher, reduction, given)
 
@@ -150,7 +164,7 @@ def reduced(call: LossCall, weigher: Weigher, reduction: str, given: dict[str, A
     own = given.get("weight") if call.kind is not None and call.kind.classes and not call.by_class else None
     if own is not None and call.target is not None:
         # torch divides by the user's own weights of the targets
-        counted = call.target != call.ignore_index
+        counted = torch.ne(call.target, -100 if call.ignore_index is None else call.ignore_index)
         number = torch.where(counted, own[torch.where(counted, call.target, 0)], 0).sum()
     elif reduction == "batchmean":
         number = len(call.losses)

@@ -244,7 +244,8 @@ class LogitAdjustedLoss(VSLoss):
 class LDAMLoss(nn.Module):
     r"""Label-distribution-aware margin loss: the rarer a class, the larger its margin (Cao et al. 2019).
 
-    .. math:: \ell(z, y) = \mathrm{CE}\big(s\, (z - m_y\, e_y),\, y\big), \qquad m_c = m_{\max}\, (n_c / n_{\min})^{-1/4}
+    .. math:: \ell(z, y) = \mathrm{CE}\big(s\, (z - m_y\, e_y),\, y\big), \qquad m_c = m_{\max}\, (n_c /
+    n_{\min})^{-1/4}
 
     Meant for logits that are cosines (a head that normalises features and weights), with the scale of the paper.
 

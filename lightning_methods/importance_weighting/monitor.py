@@ -19,8 +19,10 @@ from lightning_methods.importance_weighting.twin import Twin, has_terms
 from lightning_methods.report import curves, histograms, is_reporting, log_figure, log_table, log_text
 
 REMEDIES = (
-    "What helps: stop early on the weighted validation risk (EarlyStopping('importance_weighting/val_risk')); weight decay "
-    "of 1e-3 or more; PolyTailLoss, under which weights keep their effect, with exponent=1.5 to 3; LogitAdjustedLoss or "
+    "What helps: stop early on the weighted validation risk (EarlyStopping('importance_weighting/val_risk')); weight "
+    "decay "
+    "of 1e-3 or more; PolyTailLoss, under which weights keep their effect, with exponent=1.5 to 3; LogitAdjustedLoss "
+    "or "
     "VSLoss for imbalanced classes; fewer samples of the large classes."
 )
 
@@ -37,8 +39,8 @@ class WeightEffectMonitor(Callback):
     - `share/<class>` of the loss gradient, and `intended/<class>`, the share that the weights mean to give it;
     - `ess`, `ess_fraction` and `max_weight`; `accuracy`, `separable`, `margin`, `margin/<class>`, `smallest_margin`,
       `margin_ratio` (largest over smallest class median), `weight_norm`;
-    - the paper's own statistic, `fraction/<probe>/<class>`: the share predicted as each class in the validation data, in
-      data of other classes, and in noise;
+    - the paper's own statistic, `fraction/<probe>/<class>`: the share predicted as each class in the validation data,
+      in data of other classes, and in noise;
     - with a twin, `twin_gap/<probe>` (half the sum of differences of those shares) and `twin_agreement/<probe>`.
 
     All under `importance_weighting/`; figures and tables at the end of the fit. Ranks join their samples.
@@ -146,7 +148,8 @@ class WeightEffectMonitor(Callback):
         self._weighting = found[0] if found else None
         if self.class_weights is None and self._weighting is None:
             raise InvalidArgument(
-                "WeightEffectMonitor knows no weights: put it beside ImportanceWeighting, or give class_weights=, those "
+                "WeightEffectMonitor knows no weights: put it beside ImportanceWeighting, or give class_weights=, "
+                "those "
                 "of your own loss."
             )
         if self.twin and self._weighting is not None and self._weighting.mode == "sampler":
@@ -161,7 +164,8 @@ class WeightEffectMonitor(Callback):
             self._twin.load_state_dict(self._twin_state)
         if has_terms(pl_module):
             rank_zero_warn(
-                "WeightEffectMonitor: other callbacks add terms to the loss, which the twin is trained without: its gap "
+                "WeightEffectMonitor: other callbacks add terms to the loss, which the twin is trained without: its "
+                "gap "
                 "is not that of the weights alone.",
                 category=NoEffect,
             )

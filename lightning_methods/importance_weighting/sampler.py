@@ -21,9 +21,9 @@ class DistributedWeightedSampler(DistributedSampler):
     .. math:: P(i) = w_i / \textstyle\sum_j w_j
 
     One draw of `num_samples` indices is made from `seed + epoch` on every rank alike, and rank r takes every R-th of it
-    from r on. So the ranks together are exactly the sampler of one process (whose batches are the joined ones), and with
-    replacement each index is expected `num_samples * P(i)` times an epoch. Lightning calls `set_epoch` by itself and
-    leaves the sampler alone, whatever `use_distributed_sampler` says.
+    from r on. So the ranks together are exactly the sampler of one process (whose batches are the joined ones), and
+    with replacement each index is expected `num_samples * P(i)` times an epoch. Lightning calls `set_epoch` by itself
+    and leaves the sampler alone, whatever `use_distributed_sampler` says.
 
     Args:
         weights: one for each item of the dataset.
@@ -61,12 +61,15 @@ class DistributedWeightedSampler(DistributedSampler):
         # is what makes Lightning leave the sampler as it is
         self.weights = check_weights(weights)
         if self.weights.ndim != 1:
-            raise InvalidArgument(f"The weights have the shape {tuple(self.weights.shape)}; one for each item is needed.")
+            raise InvalidArgument(
+                f"The weights have the shape {tuple(self.weights.shape)}; one for each item is needed."
+            )
         self.total = len(self.weights) if num_samples is None else num_samples
         drawable = int((self.weights > 0).sum())
         if self.total < 1 or (not replacement and self.total > drawable):
             raise InvalidArgument(
-                f"num_samples={self.total}: at least 1 is needed, and without replacement at most {drawable}, as many as "
+                f"num_samples={self.total}: at least 1 is needed, and without replacement at most {drawable}, as "
+                f"many as "
                 f"have a positive weight."
             )
         if (num_replicas is None) != (rank is None) or (rank is not None and not 0 <= rank < (num_replicas or 0)):

@@ -71,8 +71,8 @@ def bbse(confusion: Tensor, target_prediction: Tensor) -> Tensor:
 def rlls(confusion: Tensor, target_prediction: Tensor, delta: float = 0.01, *, gamma: float = 1.0) -> Tensor:
     r"""Return class weights for label shift by regularised learning (Azizzadenesheli et al. 2019).
 
-    .. math:: \hat\theta = \arg\min_\theta \lVert C\theta - (\hat q - C \mathbf 1) \rVert_2 + \Delta \lVert\theta\rVert_2,
-        \qquad \hat w = 1 + \gamma\hat\theta
+    .. math:: \hat\theta = \arg\min_\theta \lVert C\theta - (\hat q - C \mathbf 1) \rVert_2 + \Delta
+        \lVert\theta\rVert_2, \qquad \hat w = 1 + \gamma\hat\theta
 
     Defined for singular matrices too. Norms are not squared: with a well-conditioned matrix and small `delta` the
     result is exactly that of `bbse`, and with a large one no shift at all. Negative weights are set to 0.
@@ -106,7 +106,8 @@ def rlls(confusion: Tensor, target_prediction: Tensor, delta: float = 0.01, *, g
 def _penalized(s: Tensor, b: Tensor, delta: float) -> Tensor:
     """Minimise `|s * x - b| + delta * |x|` with un-squared norms; `x = s b / (s^2 + ridge)` for some ridge.
 
-    Where the gradient is 0 the ridge is `delta |s x - b| / |x|`, that is `sum (s^2 - delta^2) b^2 / (s^2 + ridge)^2 = 0`.
+    Where the gradient is 0 the ridge is `delta |s x - b| / |x|`, that is `sum (s^2 - delta^2) b^2 / (s^2 + ridge)^2 =
+    0`.
     """
     reachable = s > s.max() * 1e-12
 
@@ -272,11 +273,17 @@ def density_ratio_weights(
         >>> bool(w[source[:, 0] > 1].mean() > 2 * w[source[:, 0] < 0].mean())
         True
     """
-    xs, xt = (x.detach().flatten(1).double().cpu() if x.ndim > 1 else x.detach().double().cpu()[:, None] for x in (source, target))
+    xs, xt = (
+        x.detach().flatten(1).double().cpu() if x.ndim > 1 else x.detach().double().cpu()[:, None]
+        for x in (source, target)
+    )
     if xs.shape[1] != xt.shape[1]:
         raise ShapeMismatch(f"The source has {xs.shape[1]} features and the target {xt.shape[1]}.")
     if folds < 2 or min(len(xs), len(xt)) < folds:
-        raise InvalidArgument(f"folds={folds} with {len(xs)} source and {len(xt)} target samples: 2 folds at least, and a sample of both in each.")
+        raise InvalidArgument(
+            f"folds={folds} with {len(xs)} source and {len(xt)} target samples: 2 folds at least, and a sample of "
+            f"both in each."
+        )
     if not 0 <= clip[0] < clip[1] or not regularization > 0:
         raise InvalidArgument(f"clip={clip}, regularization={regularization}: 0 <= low < high, and a positive number.")
     if not (torch.isfinite(xs).all() and torch.isfinite(xt).all()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -108,7 +109,7 @@ class Heads:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         widths = [in_features, *settings.hidden, classes]
         self.weight, self.bias = [], []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in pairwise(widths):
             bound = 1 / math.sqrt(before)  # what nn.Linear does
             self.weight.append(self._parameter((before, after), bound))
             self.bias.append(self._parameter((1, after), bound))
@@ -357,7 +358,9 @@ def _checked_data(
         inputs, own = given if isinstance(given, tuple) else (given, None)
         shown[name] = inputs.detach().flatten(1).float().to(x.device)
         if not len(inputs) or shown[name].shape[1] != x.shape[1]:
-            raise ShapeMismatch(f"The probe {name!r} is {tuple(inputs.shape)}; rows of {x.shape[1]} numbers are needed.")
+            raise ShapeMismatch(
+                f"The probe {name!r} is {tuple(inputs.shape)}; rows of {x.shape[1]} numbers are needed."
+            )
         if own is not None:
             truth[name] = own.to(x.device)
     return x, labels.to(x.device), shown, truth

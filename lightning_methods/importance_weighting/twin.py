@@ -19,8 +19,8 @@ from lightning_methods.errors import UnsupportedTraining
 class Twin:
     """Trains a copy of a module with a copy of its optimizer: same start, batches, random numbers, learning rates.
 
-    The copy runs the user's own `training_step`, without the weights and without terms that other callbacks add. Nothing
-    that it logs is shown, and no random number of the training is used up. It costs what the module costs.
+    The copy runs the user's own `training_step`, without the weights and without terms that other callbacks add.
+    Nothing that it logs is shown, and no random number of the training is used up. It costs what the module costs.
 
     Raises:
         UnsupportedTraining: for manual optimisation, several optimizers, and LBFGS.

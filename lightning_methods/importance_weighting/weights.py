@@ -109,6 +109,18 @@ class BatchWeights:
             self._tables[key] = (1 + strength * (self.table - 1)).to(x.device, kind)
         return self._tables[key]
 
+    def by_label(self, labels: Tensor) -> Tensor:
+        """Return the weight of each label at full strength, 1 below 0, in float64.
+
+        Raises:
+            InvalidArgument: for a label without a weight.
+        """
+        if labels.is_floating_point():
+            raise InvalidArgument(f"The targets are {labels.dtype}; class weights need whole numbers.")
+        known = labels >= 0
+        self.refuse_unknown(labels[known], len(self.table))
+        return torch.where(known, self.table.to(labels.device)[labels.clamp(min=0)], 1.0)
+
     def weigh(self, call: LossCall) -> tuple[Tensor, Tensor | int]:
         """Return the weighted losses, and by what a mean divides their sum: the number that counts."""
         weight, number = self.of_call(call)
@@ -163,7 +175,6 @@ class BatchWeights:
         if call.kind is not None and call.kind.classes and not call.by_class and target is not None:
             return self._looked_up(table, target, call)
         if table is None or call.by_class:
-            self._check_classes(table, call)
             return None, losses.numel()
         binary = call.kind is not None and call.kind.binary
         if binary and target is not None and len(table) == 2 and (target.ndim != 2 or target.shape[1] == 1):
@@ -178,19 +189,19 @@ class BatchWeights:
                 f"one whole number for each of the {losses.shape[:1]} samples. Say where it is with labels=, or give "
                 f"the weights with the batch, sample_weights=."
             )
-        weight, number = self._looked_up(table, labels, call)
+        weight, _ = self._looked_up(table, labels, call)
         return self._fitted(weight, losses) if weight is not None else None, losses.numel()
 
-    def _check_classes(self, table: Tensor | None, call: LossCall) -> None:
-        if table is not None and call.num_classes is not None and len(table) != call.num_classes:
+    def check_classes(self, name: str, table: Tensor | None, classes: int) -> None:
+        """Refuse weights of another number of classes than there are logits."""
+        if table is not None and len(table) != classes:
             raise ShapeMismatch(
-                f"There are {len(table)} class weights and {call.num_classes} logits a sample in {call.name}. One weight "
-                f"for each class is needed."
+                f"There are {len(table)} class weights and {classes} logits a sample in {name}. One weight for each class "
+                f"is needed."
             )
 
     def _looked_up(self, table: Tensor | None, target: Tensor, call: LossCall) -> tuple[Tensor | None, Tensor | int]:
         """Return the weight of every target, 0 where it is ignored, and how many are not."""
-        self._check_classes(table, call)
         ignore, classes = call.ignore_index, call.num_classes or len(self.table)
         may_be_class = ignore is not None and 0 <= ignore < classes
         if target.device.type == "cpu" and not may_be_class and table is not None:
@@ -202,15 +213,17 @@ class BatchWeights:
         if table is None:
             return None, counted.sum()
         if target.device.type == "cpu":
-            self._refuse_unknown(target[counted], len(table))
+            self.refuse_unknown(target[counted], len(table))
         weight = table[torch.where(counted, target, 0)]
         return torch.where(counted, weight, 0), counted.sum()
 
-    def _refuse_unknown(self, labels: Tensor, classes: int) -> None:
+    def refuse_unknown(self, labels: Tensor, classes: int) -> None:
+        """Refuse labels that are no classes, naming one."""
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             wrong = int(labels.max()) if int(labels.max()) >= classes else int(labels.min())
             raise InvalidArgument(
-                f"The batch holds the label {wrong}, and there are weights for the classes 0 to {classes - 1}. Give one "
+                f"The batch holds the label {wrong}, and there are weights for the classes 0 to {classes - 1}. Give "
+                f"one "
                 f"weight for each class."
             )
 
@@ -248,7 +261,6 @@ class BatchWeights:
             )
         # where all of the batch has weight 0 its losses are 0 and stay so
         return (both[0] / both[1].clamp(min=1e-300)).to(weight.dtype) if float(both[1]) > 0 else 0.0
-
 
     def _soft_weights(self, call: LossCall) -> Tensor:
         """Return the weight that a target of class probabilities has on average."""
