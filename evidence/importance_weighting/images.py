@@ -25,7 +25,7 @@ CONDITIONS: dict[str, dict[str, float]] = {
     "plain": {},
     "L2 1e-3": {"decay": 1e-3},
     "batch norm": {"norm": 1},
-    "dropout 0.5": {"dropout": 0.5, "lr": 0.05},
+    "dropout 0.5": {"dropout": 0.5, "lr": 0.025},
 }
 RATIOS = {"16:1": [16.0, 1.0], "1:1": [1.0, 1.0], "1:16": [1.0, 16.0]}
 
@@ -33,7 +33,7 @@ RATIOS = {"16:1": [16.0, 1.0], "1:1": [1.0, 1.0], "1:16": [1.0, 16.0]}
 class CatsAndDogs(LightningModule):
     """Two and three 3x3 convolutions without padding, each followed by pooling, and three linear layers."""
 
-    def __init__(self, width: float, *, decay: float = 0.0, norm: float = 0, dropout: float = 0.0, lr: float = 0.1):
+    def __init__(self, width: float, *, decay: float = 0.0, norm: float = 0, dropout: float = 0.0, lr: float = 0.05):
         super().__init__()
         a, b, c, d = (round(width * n) for n in (64, 128, 512, 128))
         layers: list[nn.Module] = []
@@ -109,7 +109,7 @@ def cifar10(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) ->
                     continue
                 found = train(args, sets, seed, width, settings, weights)
                 results.setdefault(condition, {}).setdefault(ratio, []).append(found)
-                print("cifar10", seed, condition, ratio, {k: v[-1] for k, v in found.items()}, flush=True)
+                print("cifar10", seed, condition, ratio, {k: v[-1:] for k, v in found.items()}, flush=True)
                 save(results)
 
 
@@ -144,7 +144,7 @@ def train(
     )
     trainer.fit(module, DataLoader(fit, batch_size=16, shuffle=True), DataLoader(held, batch_size=250))
     keys = ("fraction/in_domain/0", "fraction/out_of_domain/0", "fraction/noise/0", "accuracy", "effect", "margin")
-    found = {key: [value for _, value in monitor.history[key]] for key in keys}
-    found["epochs"] = [epoch + 1 for epoch, _ in monitor.history["effect"]]
+    found = {key: [value for _, value in monitor.history.get(key, [])] for key in keys}
+    found["epochs"] = [epoch + 1 for epoch, _ in monitor.history.get("effect", [])]
     found["test accuracy"] = [float(trainer.callback_metrics["accuracy"])]
     return found

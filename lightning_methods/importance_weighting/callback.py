@@ -18,7 +18,6 @@ from lightning_methods.core.means import EpochMeans
 from lightning_methods.errors import (
     BatchFormat,
     InvalidArgument,
-    LightningMethodsError,
     NoEffect,
     ShapeMismatch,
     UnsupportedTraining,
@@ -460,7 +459,7 @@ class ImportanceWeighting(Callback):
             return True
         try:
             raw_sample_weights(batch, self.weights.selector)
-        except LightningMethodsError as error:
+        except Exception as error:  # also what a user's own function raises: the validation must go on
             self._tell_once("the validation risk is not logged", error)
             return False
         return True

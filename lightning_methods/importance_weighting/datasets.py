@@ -156,6 +156,12 @@ def draw_by_weight(trainer: Any, table: Tensor, labels: Selector) -> tuple[Any, 
             "mode='sampler' needs a DataLoader of a map-style dataset with a batch_size. Give the loader a "
             "DistributedWeightedSampler yourself, or use mode='auto'."
         )
+    try:
+        len(loader.dataset)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UnsupportedTraining(
+            "mode='sampler' needs a dataset with a length and random access; a stream has none. Use mode='auto'."
+        ) from error
     before = batch_sampler.sampler
     if isinstance(before, DistributedWeightedSampler):
         return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_methods.core._lightning import Callback, rank_zero_warn
-from lightning_methods.errors import InvalidArgument, NoEffect, UnsupportedTraining
+from lightning_methods.errors import InvalidArgument, NoEffect, NotFinite, UnsupportedTraining
 from lightning_methods.importance_weighting.callback import ImportanceWeighting
 from lightning_methods.importance_weighting.effect import Reader, Samples, fractions, measured, shown_classes
 from lightning_methods.importance_weighting.functional import check_weights, two_logits
@@ -127,6 +127,7 @@ class WeightEffectMonitor(Callback):
         self._weights = torch.empty(0)
         self._epoch, self._measured, self._below = 0, -1, 0
         self._warned = False
+        self._told: set[str] = set()
         self._twin_state: dict[str, Any] | None = None
 
     @property
@@ -264,6 +265,16 @@ class WeightEffectMonitor(Callback):
         if self._twin is not None:
             self._twin.end_epoch()
         samples = self.reader.samples(trainer, pl_module, self.data, self.weights_of)
+        if not bool(torch.isfinite(samples.logits).all()):
+            self._measured = epoch
+            if "finite" not in self._told:
+                self._told.add("finite")
+                rank_zero_warn(
+                    f"WeightEffectMonitor: the logits are not finite after epoch {epoch}: the training has diverged, and "
+                    f"nothing is measured. Lower the learning rate, or clip the weights.",
+                    category=NotFinite,
+                )
+            return
         norm = math.sqrt(sum(float(p.detach().double().square().sum()) for p in pl_module.parameters()))
         found, self.classes = measured(samples, norm)
         self._weights = samples.weights.double().sort().values  # in an order that no number of ranks changes

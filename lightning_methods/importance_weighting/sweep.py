@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_methods.errors import InvalidArgument, ShapeMismatch, check_choice
+from lightning_methods.errors import InvalidArgument, NotFinite, ShapeMismatch, check_choice
 from lightning_methods.importance_weighting.functional import boundary_shift, check_weights, margins, normalized_weights
 from lightning_methods.importance_weighting.losses import poly_tail_loss
 from lightning_methods.report import color_cycle, curves
@@ -324,21 +325,29 @@ def fading_figure(found: Fading, probe: str, *, of_class: int = 0, title: str = 
 def _measured(
     heads: Heads, x: Tensor, y: Tensor, table: Tensor, probes: dict[str, Tensor], truth: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return what is recorded of each head, `(R * S, ...)`."""
+    """Return what is recorded of each head, `(R * S, ...)`; NaN of a head that has diverged."""
     classes = table.shape[1]
     logits = heads(x)
+    diverged = ~torch.isfinite(logits).flatten(1).all(1)
+    if diverged.any():
+        warnings.warn(
+            f"{int(diverged.sum())} of {len(diverged)} heads have diverged and are recorded as NaN. Lower lr.",
+            NotFinite,
+        )
     margin = torch.stack([margins(own, y) for own in logits])
     effect = [boundary_shift(w[y], m) for w, m in zip(table, margin, strict=True)]
     found = {
         "train_accuracy": (margin > 0).double().mean(1),
         "margin": margin.median(1).values,
-        "effect": torch.tensor(effect, dtype=torch.float64),
+        "effect": torch.tensor(effect, dtype=torch.float64, device=x.device),
     }
     for name, inputs in probes.items():
         predicted = heads(inputs).argmax(2)
         found[f"fraction/{name}"] = F.one_hot(predicted, classes).double().mean(1)
         if name in truth:
             found[f"accuracy/{name}"] = (predicted == truth[name]).double().mean(1)
+    for values in found.values():
+        values[diverged] = torch.nan
     return found
 
 

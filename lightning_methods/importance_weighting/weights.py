@@ -40,6 +40,7 @@ class BatchWeights:
         self.table = torch.ones(0, dtype=torch.float64)  # of the classes, normalised, at full strength
         self.mean_weight = 1.0
         self.strength = 1.0
+        self._equal = True
         self.measuring = self.evaluating = False
         self.risk = torch.zeros(2, dtype=torch.float64)  # sums of weighted losses, and of weights
         self.hits = 0
@@ -56,6 +57,7 @@ class BatchWeights:
         """Take normalised class weights, and how much of them acts."""
         self.table = torch.ones(0, dtype=torch.float64) if table is None else table
         self.strength = strength
+        self._equal = bool((self.table == 1).all())
         self._tables = {}
 
     def begin(self, batch: Any, *, first: bool = False) -> None:
@@ -96,7 +98,7 @@ class BatchWeights:
         """Tell whether all weights are 1, so that the call can stay as it is, bit for bit."""
         if self.evaluating or self.sample_weighted:
             return False
-        return self.strength == 0 or bool((self.table == 1).all())
+        return self.strength == 0 or self._equal
 
     def class_table(self, x: Tensor) -> Tensor | None:
         """Return the class weights of now on the device of `x`, in float32 or float64."""
