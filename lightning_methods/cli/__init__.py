@@ -37,6 +37,9 @@ COMMANDS = {
     "layer-identification": Command(
         "lightning_methods.cli.similarity:identify", "whether each layer finds its twin in checkpoints of other seeds"
     ),
+    "weight-effect": Command(
+        "lightning_methods.cli.weight_effect:run", "whether importance weights keep their effect on your features"
+    ),
     "list": Command("lightning_methods.cli.cards:list_techniques", "the techniques, their classes and papers"),
     "card": Command(
         "lightning_methods.cli.cards:show_card", "all about one technique: use, settings, evidence, limits"

@@ -6,7 +6,7 @@ import argparse
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_methods.cka import layer_identification, similarity_matrix
 from lightning_methods.cka.weights import weights_in
 from lightning_methods.cli import PROGRAM
+from lightning_methods.cli._parser import OneLineParser
 from lightning_methods.cli.app import build
 from lightning_methods.core.batches import inputs_of
 from lightning_methods.core.taps import FeatureTaps
@@ -21,13 +22,6 @@ from lightning_methods.errors import InvalidArgument
 from lightning_methods.report import heatmap, shorten
 
 _INDICES = ("cka", "hsic", "cca", "svcca", "pwcca", "linear_regression", "procrustes")
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InvalidArgument(message)
 
 
 def compare(argv: Sequence[str]) -> int:
@@ -86,7 +80,7 @@ def identify(argv: Sequence[str]) -> int:
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"{PROGRAM} {command}", description=description)
+    parser = OneLineParser(prog=f"{PROGRAM} {command}", description=description)
     parser.add_argument("--config", required=True, help="YAML with model and data, such as the config.yaml of the run")
     parser.add_argument("--layers", nargs="+", required=True, help="names or patterns, as in the callback")
     parser.add_argument("--index", choices=_INDICES, default="cka", help="default cka, debiased")

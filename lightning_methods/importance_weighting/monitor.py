@@ -270,7 +270,8 @@ class WeightEffectMonitor(Callback):
             if "finite" not in self._told:
                 self._told.add("finite")
                 rank_zero_warn(
-                    f"WeightEffectMonitor: the logits are not finite after epoch {epoch}: the training has diverged, and "
+                    f"WeightEffectMonitor: the logits are not finite after epoch {epoch}: the training has diverged, "
+                    f"and "
                     f"nothing is measured. Lower the learning rate, or clip the weights.",
                     category=NotFinite,
                 )

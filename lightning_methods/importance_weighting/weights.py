@@ -198,7 +198,8 @@ class BatchWeights:
         """Refuse weights of another number of classes than there are logits."""
         if table is not None and len(table) != classes:
             raise ShapeMismatch(
-                f"There are {len(table)} class weights and {classes} logits a sample in {name}. One weight for each class "
+                f"There are {len(table)} class weights and {classes} logits a sample in {name}. One weight for each "
+                f"class "
                 f"is needed."
             )
 
