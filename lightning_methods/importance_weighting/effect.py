@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,34 +58,34 @@ class Reader:
         return z
 
     def samples(self, trainer: Any, module: Any, loader: Any, weights: Callable[[Any, Tensor], Tensor]) -> Samples:
-        """Return logits, labels and weights of the first samples, and the cosine of the first batch's gradients."""
+        """Return logits, labels and weights of the first samples, and the cosine of the gradients of the first batch.
+
+        Raises:
+            BatchFormat: if there is no batch, or not one whole number a sample as its label.
+            ShapeMismatch: for labels that are no classes of the logits.
+        """
         logits: list[Tensor] = []
         labels: list[Tensor] = []
         used: list[Tensor] = []
-        cosine, sums, shape = None, torch.zeros(3, dtype=torch.float64), None
+        cosine, sums, like = None, torch.zeros(3, dtype=torch.float64), None
         for batch in self._batches(trainer, module, loader):
             x, y = inputs_of(batch, self.inputs), targets_of(batch, self.labels)
-            if not isinstance(y, Tensor) or y.is_floating_point() or y.ndim != 1:
-                raise BatchFormat("One whole number a sample is needed as target; say where it is with labels=.")
-            w = weights(batch, y)
+            z = self.logits_of(module, x)
+            _check_labels(y, z)
+            w, kept = weights(batch, y), y >= 0  # below 0 are those that a loss ignores
             if not logits:
                 cosine = self._cosine(module, x, y, w)
-            logits.append(self.logits_of(module, x).detach())
-            labels.append(y)
-            used.append(w)
+            logits.append(z.detach()[kept])
+            labels.append(y[kept])
+            used.append(w[kept])
             if isinstance(x, Tensor) and x.is_floating_point():
                 d = x.detach().double()
                 sums = sums.to(d.device) + torch.stack([torch.tensor(d.numel()).to(d), d.sum(), d.square().sum()])
-                shape, kind = x.shape[1:], x
+                like = x
         if not logits:
             raise BatchFormat("The monitored data gave no batch.")
         z, y, w = (gather_rows(torch.cat(parts)) for parts in (logits, labels, used))
-        noise = None
-        if shape is not None:
-            n, total, squares = all_sum(sums).tolist()
-            mean, deviation = total / n, max(squares / n - (total / n) ** 2, 0.0) ** 0.5
-            noise = lambda: _noise(shape, mean, deviation).to(kind)  # noqa: E731
-        return Samples(z, y, w, cosine, noise)
+        return Samples(z, y, w, cosine, None if like is None else partial(_noise, like, all_sum(sums).tolist()))
 
     def predictions(self, trainer: Any, module: Any, loader: Any, other: Any = None) -> list[Tensor]:
         """Return the predicted classes of a loader's first samples, of one module or of two on the same batches."""
@@ -132,7 +133,7 @@ class Reader:
         with torch.enable_grad():
             z = self.logits_of(module, x)
             z = z.float() if z.ndim == 2 and z.shape[1] > 1 else _beside_zero(z.float())
-            losses = F.cross_entropy(z, y, reduction="none")
+            losses = F.cross_entropy(z, y.clamp(min=-1), reduction="none", ignore_index=-1)
             pair = [
                 torch.autograd.grad(loss.sum(), parameters, retain_graph=True, allow_unused=True)
                 for loss in (losses, losses * w.to(losses))
@@ -145,15 +146,9 @@ class Reader:
 
 
 def measured(samples: Samples, norm: float) -> tuple[dict[str, float], list[list[Any]]]:
-    """Return what to log of the monitored samples, and a row a class for the table.
-
-    Raises:
-        ShapeMismatch: for labels that are no classes of the logits.
-    """
+    """Return what to log of the monitored samples, and a row a class for the table."""
     z, y, w = two_logits(samples.logits), samples.labels, samples.weights.double()
     classes = z.shape[1]
-    if int(y.max()) >= classes:
-        raise ShapeMismatch(f"The labels go up to {int(y.max())} and the module gives {classes} logits.")
     m = margins(z, y)
     share, intended = gradient_share(z.softmax(1).gather(1, y[:, None])[:, 0], w, y, classes)
     share, intended = share / share.sum().clamp(min=1e-300), intended / intended.sum()
@@ -197,9 +192,22 @@ def shown_classes(classes: int) -> range:
     return range(classes if classes <= _SHOWN_CLASSES else 0)
 
 
-def _noise(shape: torch.Size, mean: float, deviation: float) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return mean + deviation * torch.randn(_NOISE_SAMPLES, *shape, generator=generator)
+def _noise(like: Tensor, sums: list[float]) -> Tensor:
+    """Return Gaussian noise of the shape, mean and deviation of the inputs: their number, sum and sum of squares."""
+    n, total, squares = sums
+    mean, deviation = total / n, max(squares / n - (total / n) ** 2, 0.0) ** 0.5
+    drawn = torch.randn(_NOISE_SAMPLES, *like.shape[1:], generator=torch.Generator().manual_seed(0))
+    return (mean + deviation * drawn).to(like)
+
+
+def _check_labels(y: Any, z: Tensor) -> None:
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.ndim != 1:
+        raise BatchFormat("One whole number a sample is needed as target; say where it is with labels=.")
+    classes = z.shape[1] if z.ndim == 2 and z.shape[1] > 1 else 2
+    if len(y) != len(z):
+        raise ShapeMismatch(f"There are {len(y)} labels for {len(z)} rows of logits in a batch.")
+    if len(y) and int(y.max()) >= classes:
+        raise ShapeMismatch(f"The labels go up to {int(y.max())} and the module gives {classes} logits.")
 
 
 def _beside_zero(z: Tensor) -> Tensor:

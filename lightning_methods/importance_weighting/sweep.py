@@ -317,7 +317,8 @@ def fading_figure(found: Fading, probe: str, *, of_class: int = 0, title: str = 
         low, high = share[:, i].min(1).values, share[:, i].max(1).values
         axes.fill_between(found.epochs, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set_xscale("log")
-    axes.set_ylim(-3, 103)
+    axes.set_xticks(found.epochs, [str(epoch) for epoch in found.epochs])
+    axes.minorticks_off()
     return figure
 
 

@@ -72,11 +72,11 @@ def run_and_trainer(tmp_path, kind=TinyModule, callbacks=(), data=None, **settin
 
 
 def test_equal_weights_are_the_training_without_them_bit_for_bit(tmp_path):
+    trainer = quiet_trainer(tmp_path, callbacks=[ImportanceWeighting([2.0, 2.0, 2.0])])
+    torch.manual_seed(1)
+    module = TinyModule()
+    torch.manual_seed(3)
     with pytest.warns(NoEffect, match="all class weights are equal"):
-        trainer = quiet_trainer(tmp_path, callbacks=[ImportanceWeighting([2.0, 2.0, 2.0])])
-        torch.manual_seed(1)
-        module = TinyModule()
-        torch.manual_seed(3)
         trainer.fit(module, loader(), loader(8))
     assert_identical(module, trained(tmp_path))
 
