@@ -18,6 +18,13 @@ _EXPORTS = {
     "RepresentationSimilarity": "cka",
     "MinibatchCKA": "cka",
     "StreamingCKA": "cka",
+    "AugmentedDropout": "augmented_dropout",
+    "DropoutSchedule": "augmented_dropout",
+    "DualDropout": "augmented_dropout",
+    "DualDropout1d": "augmented_dropout",
+    "DualDropout2d": "augmented_dropout",
+    "DualDropout3d": "augmented_dropout",
+    "DualAlphaDropout": "augmented_dropout",
     "DigitsDataModule": "data",
     "MNISTDataModule": "data",
     "CIFAR10DataModule": "data",
@@ -31,6 +38,13 @@ _EXPORTS = {
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
+    from lightning_methods.augmented_dropout import AugmentedDropout as AugmentedDropout
+    from lightning_methods.augmented_dropout import DropoutSchedule as DropoutSchedule
+    from lightning_methods.augmented_dropout import DualAlphaDropout as DualAlphaDropout
+    from lightning_methods.augmented_dropout import DualDropout as DualDropout
+    from lightning_methods.augmented_dropout import DualDropout1d as DualDropout1d
+    from lightning_methods.augmented_dropout import DualDropout2d as DualDropout2d
+    from lightning_methods.augmented_dropout import DualDropout3d as DualDropout3d
     from lightning_methods.cka import MinibatchCKA as MinibatchCKA
     from lightning_methods.cka import RepresentationSimilarity as RepresentationSimilarity
     from lightning_methods.cka import StreamingCKA as StreamingCKA
