@@ -352,7 +352,9 @@ def _drawn_masks(
     """Return which features to keep in each pass, `None` for all of them."""
     with torch.no_grad():
         u = _uniform(x.detach(), generator, shape)
-        forward = None if _is_number(p_forward, 0.0) else u >= p_forward
+        # compiled code would put off a draw that only the backward pass needs, and take the numbers in another order
+        keep_all = _is_number(p_forward, 0.0) and not torch.compiler.is_compiling()
+        forward = None if keep_all else u >= p_forward
         if coupling == "nested" and tied:
             return forward, forward
         if _is_number(p_backward, 0.0):

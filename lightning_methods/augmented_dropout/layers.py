@@ -89,9 +89,11 @@ class Noise:
             return Views(STANDARD[self.kind](x, p, training, self.inplace), x, tied=True)
         p_forward: Rate
         p_backward: Rate | None
-        p_forward, p_backward = self.rates
         if in_graph and self.graphed is not None:
+            # the numbers must not be looked at here: compiled code would be guarded by their values
             p_forward, p_backward = self.p_forward * self.graphed[0], self.p_backward * self.graphed[1]
+        else:
+            p_forward, p_backward = self.rates
         return dual_views(
             x,
             p_forward,
