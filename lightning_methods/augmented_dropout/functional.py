@@ -214,7 +214,9 @@ def dual_views(
         )
     )
     tied = tied and scale != "forward_only"
-    y = _TwoMasks.apply(x, masks[0], scale_f, offset_f, masks[1], scale_b, tied, switch)
+    # None for a mask that is the same: compiled code takes no tensor twice
+    second_mask, one_mask = (None, True) if masks[1] is masks[0] else (masks[1], False)
+    y = _TwoMasks.apply(x, masks[0], scale_f, offset_f, second_mask, scale_b, one_mask, tied, switch)
     return Views(y, x, tied, masks[1], scale_b, offset_b)
 
 
@@ -246,6 +248,7 @@ class _TwoMasks(torch.autograd.Function):
         offset: Tensor | None,
         mask_b: Tensor | None,
         scale_b: Rate,
+        one_mask: bool,
         tied: bool,
         switch: Switch | None,
     ) -> Tensor:
@@ -253,9 +256,9 @@ class _TwoMasks(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, mask_f, scale_f, _, mask_b, scale_b, ctx.tied, ctx.switch = inputs
+        _, mask_f, scale_f, _, mask_b, scale_b, one_mask, ctx.tied, ctx.switch = inputs
         ctx.scales = scale_f, scale_b
-        ctx.save_for_backward(mask_b, None if ctx.switch is None else mask_f)
+        ctx.save_for_backward(mask_f if one_mask else mask_b, None if ctx.switch is None else mask_f)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -264,7 +267,7 @@ class _TwoMasks(torch.autograd.Function):
         errors = masked(grad, masks[1] if standard else masks[0], ctx.scales[0] if standard else ctx.scales[1])
         if not ctx.tied:
             (errors,) = first_order(errors)
-        return errors, None, None, None, None, None, None, None
+        return errors, None, None, None, None, None, None, None, None
 
 
 def first_order(*gradients: Tensor) -> tuple[Tensor, ...]:

@@ -396,6 +396,17 @@ def test_compiled_is_eager(rates):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("settings", [{}, {"scale": "forward_only"}])
+def test_one_mask_compiles(settings):
+    torch._dynamo.reset()
+    rate = torch.tensor(0.5)
+    x = torch.ones(4000, requires_grad=True)
+    y = torch.compile(lambda t: dual_dropout(t, rate, rate, **settings), fullgraph=True, backend="aot_eager")(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad != 0, y != 0)
+    assert 0.4 < float((y == 0).double().mean()) < 0.6
+
+
 def test_saves_one_byte_an_element():
     saved = {}
 
