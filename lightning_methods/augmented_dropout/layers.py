@@ -84,7 +84,9 @@ class Noise:
     def views(self, x: Tensor, *, training: bool, switch: Switch | None = None) -> Views:
         """Return what the two passes see of `x`."""
         in_graph = self.in_graph(x)
-        if self.is_standard and not (in_graph and training):
+        if in_graph and not training and self.scale != "classic":
+            return Views(x, x, tied=True)  # whatever the rates: nothing here is guarded by their values
+        if self.is_standard and not in_graph:
             p = self.rates[0]
             return Views(STANDARD[self.kind](x, p, training, self.inplace), x, tied=True)
         p_forward: Rate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from lightning_methods.augmented_dropout.layers import Noise
 from lightning_methods.augmented_dropout.swap import Exchange
 
-# the graph nodes of our own layers, and of views, behind which the reader is looked for
+# the graph nodes of our own layers, and of views and padding, behind which the reader is looked for
 _OWN = {"_LinearBackward", "_ConvBackward", "_MatmulBackward"}
 _VIEWS = ("View", "Reshape", "Transpose", "TBackward", "Permute", "Squeeze", "Unsqueeze", "UnsafeView", "AsStrided")
 _VIEWS += ("Slice", "Select", "Split", "Chunk", "Unflatten", "Alias", "Expand", "MoveDim", "Narrow")
+_VIEWS += ("ConstantPad", "ReflectionPad", "ReplicationPad", "torch::autograd::CopySlices")
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,19 @@ def readers_of(loss: Tensor, watched: dict[Any, str]) -> dict[str, dict[str, Non
         seen.add(node)
         for child, _ in node.next_functions:
             stack.append(child)
-            source = child
-            while source is not None and source not in watched and source.name().startswith(_VIEWS):
-                source = source.next_functions[0][0]
-            if source in watched and not node.name().startswith(_VIEWS):
+            for source in () if node.name().startswith(_VIEWS) else _behind_views(child, watched):
                 found.setdefault(watched[source], {})[node.name()] = None
     return found
+
+
+def _behind_views(node: Any, watched: dict[Any, str]) -> Iterator[Any]:
+    stack = [node]
+    while stack:
+        source = stack.pop()
+        if source in watched:
+            yield source
+        elif source is not None and source.name().startswith(_VIEWS):
+            stack += [child for child, _ in source.next_functions]
 
 
 def reading_of(name: str, noise: Noise, exchange: Exchange, readers: Sequence[str], *, faithful: bool) -> Reading:

@@ -203,9 +203,9 @@ class _SwappedPath(_Swapped):
     def forward(self, input: Tensor) -> Tensor:
         noise = self._dual.noise
         assert noise is not None
-        if not (self.training and noise.in_graph(input)):
+        if not noise.in_graph(input):
             return super().forward(input)  # type: ignore[misc]
-        return noise.views(input, training=True).forward
+        return noise.views(input, training=self.training).forward
 
 
 class _Untouched(_Swapped):
@@ -300,15 +300,15 @@ class Swapper:
 
     def swap_dropout(self, name: str, module: nn.Module, noise: Noise, *, faithful: bool = True) -> None:
         """Give one dropout two rates."""
-        self._swap(module, _SwappedDropout, _Attached(name, self.exchange, type(module), noise, faithful))
+        self._swap(module, _SwappedDropout, _Attached(name, self.exchange, own_class(module), noise, faithful))
 
     def swap_path(self, name: str, module: nn.Module, noise: Noise) -> None:
         """Let compiled code read the rate of a stochastic depth module from a tensor."""
-        self._swap(module, _SwappedPath, _Attached(name, self.exchange, type(module), noise))
+        self._swap(module, _SwappedPath, _Attached(name, self.exchange, own_class(module), noise))
 
     def protect(self, name: str, module: nn.Module) -> None:
         """Leave a dropout as it is, also where calls of `F.dropout` are intercepted."""
-        self._swap(module, _Untouched, _Attached(name, self.exchange, type(module)))
+        self._swap(module, _Untouched, _Attached(name, self.exchange, own_class(module)))
 
     def swap_consumers(self, named: Iterable[tuple[str, nn.Module]]) -> None:
         """Let every linear or convolutional layer ask for the backward view."""
@@ -317,7 +317,7 @@ class Swapper:
                 # layers that compute something else in their forward (LoRA, quantised) are none of ours
                 same = any(isinstance(module, cls) and type(module).forward is cls.forward for cls in classes)
                 if same and "forward" not in vars(module) and not isinstance(module, _Swapped):
-                    self._swap(module, mixin, _Attached(name, self.exchange, type(module)))
+                    self._swap(module, mixin, _Attached(name, self.exchange, own_class(module)))
 
     def join_neighbours(self, root: nn.Module) -> None:
         """Let dropouts and layers that follow each other in a Sequential do so within one compiled graph."""
@@ -350,13 +350,15 @@ class Swapper:
         self.exchange.end_step()
 
     def _swap(self, module: nn.Module, mixin: type[nn.Module], attached: _Attached) -> None:
+        if isinstance(module, _Untouched):  # by a callback that leaves it to this one
+            module.__class__ = module._dual.original
         if isinstance(module, _Swapped):
             raise InvalidArgument(
                 f"Another callback has already changed the dropout {attached.name!r}. Attach one of them, with a "
                 f"schedule where rates should move, or divide the dropouts between them with include and exclude."
             )
         vars(module)["_dual"] = attached  # past nn.Module.__setattr__
-        module.__class__ = _swapped_class(type(module), mixin)
+        module.__class__ = _swapped_class(attached.original, mixin)
         self._modules.append(module)
 
     def _join(self, dropout: Any, between: list[nn.Module], consumer: Any) -> None:
