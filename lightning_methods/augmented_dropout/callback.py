@@ -13,7 +13,7 @@ from lightning_methods.augmented_dropout.comparison import GradientComparison
 from lightning_methods.augmented_dropout.functional import COUPLINGS, SCALES, Coupling, Scale, WeightGrad
 from lightning_methods.augmented_dropout.intercept import Interception
 from lightning_methods.augmented_dropout.layers import KINDS, Kind, Noise, backward_rate, check_rates
-from lightning_methods.augmented_dropout.reporting import Reading, hidden_dropouts, reading_of, readers_of, summary
+from lightning_methods.augmented_dropout.reporting import Reading, hidden_dropouts, readers_of, reading_of, summary
 from lightning_methods.augmented_dropout.schedules import RateSchedule
 from lightning_methods.augmented_dropout.seeding import StepSeed
 from lightning_methods.augmented_dropout.swap import own_class
@@ -159,7 +159,9 @@ class AugmentedDropout(DropoutCallback):
         """Swap the dropouts; here, since modules may be built as late as `configure_model`."""
         self.attach(trainer, pl_module)
         if not self.swapper.active:
-            rank_zero_info(f"AugmentedDropout: {len(self.noises)} dropouts keep their rates in both passes; nothing changes.")
+            rank_zero_info(
+                f"AugmentedDropout: {len(self.noises)} dropouts keep their rates in both passes; nothing changes."
+            )
             return
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
             self.release()
@@ -267,7 +269,10 @@ class AugmentedDropout(DropoutCallback):
         self.show_rates(trainer, {"forward pass": 0, "backward pass": 1})
         if self.noises:
             columns = ["dropout", "kind", "p_forward", "p_backward", "weight gradient"]
-            rows = [[r.name, r.kind, r.p_forward, r.p_backward, r.weight_gradient] for r in self.readings or self._readings_now()]
+            rows = [
+                [r.name, r.kind, r.p_forward, r.p_backward, r.weight_gradient]
+                for r in self.readings or self._readings_now()
+            ]
             log_table(trainer, f"{self.log_prefix}/dropouts", columns, rows)
 
     def state_dict(self) -> dict[str, Any]:

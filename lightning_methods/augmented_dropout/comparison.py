@@ -64,12 +64,17 @@ class GradientComparison:
             ) from error
         finally:
             switch.on = False
-        pairs = [(g.double(), s.double()) for g, s in zip(ours, standard, strict=True) if g is not None and s is not None]
+        pairs = [
+            (g.double(), s.double()) for g, s in zip(ours, standard, strict=True) if g is not None and s is not None
+        ]
         product = sum((g * s).sum() for g, s in pairs)
         norms = [torch.as_tensor(sum(x.square().sum() for x in side)).sqrt() for side in zip(*pairs, strict=True)]
         values = {"grad_cosine": 0.0, "grad_norm_ratio": 0.0}
         if len(norms) == 2 and bool((norms[0] * norms[1]).isfinite()) and float(norms[0] * norms[1]) > 0:
-            values = {"grad_cosine": float(product / (norms[0] * norms[1])), "grad_norm_ratio": float(norms[0] / norms[1])}
+            values = {
+                "grad_cosine": float(product / (norms[0] * norms[1])),
+                "grad_norm_ratio": float(norms[0] / norms[1]),
+            }
             self._means.add(values, weight=1)
         else:  # no direction to compare: counted nowhere, but by every rank
             self._means.add(values, weight=0)

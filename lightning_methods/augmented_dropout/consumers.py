@@ -143,7 +143,9 @@ def dual_conv(
     check_settings(p_forward, p_backward, coupling, scale)
     check_choice("weight_grad", weight_grad, ("backward", "forward"))
     if weight.ndim not in (3, 4, 5):
-        raise ShapeMismatch(f"The kernel has the shape {tuple(weight.shape)}; (out, in, ...) with 1 to 3 more is needed.")
+        raise ShapeMismatch(
+            f"The kernel has the shape {tuple(weight.shape)}; (out, in, ...) with 1 to 3 more is needed."
+        )
     views = dual_views(
         x,
         p_forward,

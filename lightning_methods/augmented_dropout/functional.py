@@ -302,7 +302,9 @@ def check_rate(name: str, p: Rate | None) -> None:
     """Raise `InvalidArgument` unless `p` is a probability; the value of a tensor would have to be waited for."""
     if isinstance(p, Tensor):
         if p.ndim != 0 or p.requires_grad:
-            raise InvalidArgument(f"{name} is a tensor of shape {tuple(p.shape)}; one number without gradient is needed.")
+            raise InvalidArgument(
+                f"{name} is a tensor of shape {tuple(p.shape)}; one number without gradient is needed."
+            )
     elif p is not None and (isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1):
         raise InvalidArgument(f"{name}={p!r} is no probability; a number from 0 to 1 is needed.")
 
@@ -415,4 +417,3 @@ def _alpha_affine(p: Rate) -> tuple[Rate, Rate]:
         return a, -a * _SELU_FLOOR * p
     a = 0.0 if p >= 1 else ((1 - p) * (1 + p * _SELU_FLOOR**2)) ** -0.5
     return a, -a * _SELU_FLOOR * p
-

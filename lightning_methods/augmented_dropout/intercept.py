@@ -18,6 +18,8 @@ from lightning_methods.augmented_dropout.functional import Switch
 from lightning_methods.augmented_dropout.layers import STANDARD, Kind, Noise
 from lightning_methods.augmented_dropout.swap import Exchange
 
+_FUSED_ATTENTION = F.scaled_dot_product_attention  # its name means another function while multi-head attention runs
+
 
 class Interception(TorchFunctionMode):
     """Sees every call of a dropout function in a training step, and replaces it or only remembers that it was there.
@@ -96,7 +98,7 @@ class Interception(TorchFunctionMode):
         if not dropout_p or not self.attention:
             if dropout_p:
                 self.missed[name] = None
-            return F.scaled_dot_product_attention(
+            return _FUSED_ATTENTION(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         self.replaced[name] = None

@@ -73,7 +73,9 @@ class DropoutSchedule(DropoutCallback):
         known = {**dropouts, **{name: module for name, (module, _) in paths.items()}}
         if not known:
             left = f" but {', '.join(others)}, of other classes" if others else ""
-            raise LayerNotFound(f"{type(pl_module).__name__} holds no dropout of torch.nn{left}, whose rate could move.")
+            raise LayerNotFound(
+                f"{type(pl_module).__name__} holds no dropout of torch.nn{left}, whose rate could move."
+            )
         chosen = self.chosen(known)
         self.noises = {}
         for name, module in chosen.items():

@@ -333,7 +333,9 @@ class Swapper:
                     j += 1
                 if j < len(leaves) and isinstance(leaves[j], _SwappedConsumer) and not leaves[j]._forward_pre_hooks:
                     self._join(dropout, leaves[i + 1 : j], leaves[j])
-        self.exchange.between_graphs = any(isinstance(m, _SwappedDropout) and m._dual.slot is None for m in self._modules)
+        self.exchange.between_graphs = any(
+            isinstance(m, _SwappedDropout) and m._dual.slot is None for m in self._modules
+        )
 
     @property
     def active(self) -> bool:
@@ -380,4 +382,3 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
 
 def _plain(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks)
-

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_methods.augmented_dropout import AugmentedDropout, DualDropout, EarlyRate, LinearRate
-from lightning_methods.errors import InvalidArgument, LayerNotFound, LightningMethodsWarning, UnsupportedTraining
+from lightning_methods.errors import InvalidArgument, LayerNotFound, UnsupportedTraining
 from tests.augmented_dropout import oracle
 from tests.support.processes import run_ranks
 from tests.support.training import (
@@ -130,7 +130,12 @@ def test_autocast_does_not_fall_back_to_the_forward_mask(tmp_path):
 
 
 def test_equal_rates_change_nothing_at_all(tmp_path):
-    callbacks = [AugmentedDropout(), AugmentedDropout(0.4), AugmentedDropout(0.4, 0.4), AugmentedDropout(p_backward=0.4)]
+    callbacks = [
+        AugmentedDropout(),
+        AugmentedDropout(0.4),
+        AugmentedDropout(0.4, 0.4),
+        AugmentedDropout(p_backward=0.4),
+    ]
     plain, _ = trained(two(Net)[0], tmp_path)
     for callback in callbacks:
         ours, _ = trained(two(Net)[0], tmp_path, callback)
@@ -246,7 +251,9 @@ def test_checkpointed_is_not_checkpointed(tmp_path, reentrant):
 def chain():
     torch.manual_seed(1)
     tail = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
-    return nn.Sequential(nn.Linear(FEATURES, WIDTH), nn.Dropout(0.5), nn.Flatten(), tail, nn.Dropout(0.3), nn.Linear(WIDTH, 3))
+    return nn.Sequential(
+        nn.Linear(FEATURES, WIDTH), nn.Dropout(0.5), nn.Flatten(), tail, nn.Dropout(0.3), nn.Linear(WIDTH, 3)
+    )
 
 
 @pytest.mark.parametrize("how", ["whole", "in place", "parts"])
@@ -284,7 +291,13 @@ def test_a_dual_module_of_the_users_own_reaches_the_layer_after_it(tmp_path):
 def test_two_callbacks_for_different_parts(tmp_path):
     def network():
         torch.manual_seed(1)
-        return nn.Sequential(nn.Linear(FEATURES, WIDTH), DualDropout(0.3, 0.6), nn.Linear(WIDTH, WIDTH), nn.Dropout(0.2), nn.Linear(WIDTH, 3))
+        return nn.Sequential(
+            nn.Linear(FEATURES, WIDTH),
+            DualDropout(0.3, 0.6),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Dropout(0.2),
+            nn.Linear(WIDTH, 3),
+        )
 
     both = [
         AugmentedDropout(0.3, 0.6, include="net.1"),
@@ -514,5 +527,3 @@ def test_ranks_draw_different_masks_and_stay_together(tmp_path):
     assert not any(torch.equal(a, b) for a, b in zip(ranks[0]["kept"], ranks[1]["kept"], strict=True))
     keys = ("augmented_dropout/grad_cosine", "augmented_dropout/grad_norm_ratio")
     assert all(ranks[0]["shown"][key] == ranks[1]["shown"][key] for key in keys)
-
-

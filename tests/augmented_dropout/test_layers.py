@@ -65,7 +65,9 @@ def test_unbatched_inputs_are_read_as_torch_reads_them():
         assert 0 < float((theirs == 0).float().mean()) < 1
 
 
-@pytest.mark.parametrize(("cls", "shape"), [(DualDropout1d, (5,)), (DualDropout1d, (2, 3, 4, 5)), (DualDropout2d, (5,))])
+@pytest.mark.parametrize(
+    ("cls", "shape"), [(DualDropout1d, (5,)), (DualDropout1d, (2, 3, 4, 5)), (DualDropout2d, (5,))]
+)
 def test_features_without_channels_are_refused(cls, shape):
     with pytest.raises(ShapeMismatch, match="channels"):
         cls(0.5, 0.2)(torch.ones(shape))

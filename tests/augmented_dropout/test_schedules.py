@@ -151,7 +151,10 @@ def test_which_modules_are_stochastic_depth():
         pass
 
     net = nn.ModuleDict({"a": DropPath(0.1), "b": OtherDropPath(0.1), "c": StochasticDepth(0.3, "batch")})
-    assert {name: attribute for name, (_, attribute) in stochastic_depths_of(net).items()} == {"a": "drop_prob", "c": "p"}
+    assert {name: attribute for name, (_, attribute) in stochastic_depths_of(net).items()} == {
+        "a": "drop_prob",
+        "c": "p",
+    }
 
 
 @pytest.mark.parametrize("kind", ["drop", "path", "depth"])
