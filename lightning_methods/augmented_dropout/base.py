@@ -176,8 +176,8 @@ class DropoutCallback(Callback):
                 continue
             if other.log_prefix == self.log_prefix:
                 raise InvalidArgument(
-                    f"{type(other).__name__} and {type(self).__name__} would both log under {self.log_prefix!r}. Give one "
-                    f"of them another log_prefix."
+                    f"{type(other).__name__} and {type(self).__name__} would both log under {self.log_prefix!r}. Give "
+                    f"one of them another log_prefix."
                 )
             if other.swapper.active:
                 self.exchange = other.exchange

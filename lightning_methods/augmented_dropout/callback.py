@@ -32,8 +32,8 @@ class AugmentedDropout(DropoutCallback):
     By default both rates are those of the module and nothing changes, bit for bit. With other rates, each dropout is
     swapped in place for the time of the fit, and every Linear or Conv that reads its output, also through views such as
     a Flatten, takes its weight gradient from the features of the backward mask. Where something is computed in between
-    (an addition, a normalisation, a functional call) only the errors change; the report after the first batch says so of
-    each dropout.
+    (an addition, a normalisation, a functional call) only the errors change; the report after the first batch says so
+    of each dropout.
 
     Logs `augmented_dropout/p_forward` and `augmented_dropout/p_backward` (means over the dropouts); with
     `compare_every_n_steps` also `augmented_dropout/grad_cosine` and `augmented_dropout/grad_norm_ratio` between the
@@ -56,17 +56,17 @@ class AugmentedDropout(DropoutCallback):
             (`"patch"`), or not looked at (`"ignore"`).
         attention: whether the dropout within attention is left (`"skip"`), since fused kernels have one mask for both
             passes, or attention computed explicitly (`"math"`).
-        compare_every_n_steps: compare the gradient with the standard one in every n-th batch of an epoch, at the cost of
-            two more backward passes. Under DDP each rank compares its own.
-        seed: draw the random numbers of each training batch from this seed, the rank, the epoch and the batch, so that a
-            resumed training equals the uninterrupted one bit for bit. Holds for all that is drawn in a batch.
+        compare_every_n_steps: compare the gradient with the standard one in every n-th batch of an epoch, at the cost
+            of two more backward passes. Under DDP each rank compares its own.
+        seed: draw the random numbers of each training batch from this seed, the rank, the epoch and the batch, so that
+            a resumed training equals the uninterrupted one bit for bit. Holds for all that is drawn in a batch.
         log_prefix: first part of every logged key.
 
     Raises:
         InvalidArgument: for a rate outside [0, 1], both `p_backward` and `ratio`, or an unknown mode.
         LayerNotFound: at the start of the fit, if there is no dropout, or a pattern names none.
-        UnsupportedTraining: at the start of the fit, for LBFGS, or for a comparison in compiled modules; in the backward
-            pass, where it is differentiated again.
+        UnsupportedTraining: at the start of the fit, for LBFGS, or for a comparison in compiled modules; in the
+            backward pass, where it is differentiated again.
 
     Example:
         >>> from lightning.pytorch import Trainer

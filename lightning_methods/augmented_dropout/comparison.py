@@ -59,8 +59,8 @@ class GradientComparison:
             if "heckpoint" not in str(error):
                 raise
             raise UnsupportedTraining(
-                "compare_every_n_steps takes gradients of chosen tensors, which reentrant activation checkpointing does "
-                "not allow. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                "compare_every_n_steps takes gradients of chosen tensors, which reentrant activation checkpointing "
+                "does not allow. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             ) from error
         finally:
             switch.on = False

@@ -186,7 +186,7 @@ def consume_conv(
     n = weight.ndim - 2
     conv = (F.conv1d, F.conv2d, F.conv3d)[n - 1]
     if x_backward is None:
-        return conv(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[operator]
+        return conv(x, weight, bias, stride, padding, dilation, groups)
     stride, dilation = _tuple(stride, n), _tuple(dilation, n)
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
@@ -215,11 +215,9 @@ def _in_one_precision(
     if not torch.is_autocast_enabled(device):
         return function.apply(x, x_backward, weight, bias, *rest)
     dtype = torch.get_autocast_dtype(device)
-    x, x_backward, weight, bias = (
-        t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in (x, x_backward, weight, bias)
-    )
+    cast = (t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in (x, x_backward, weight, bias))
     with torch.autocast(device, enabled=False):
-        return function.apply(x, x_backward, weight, bias, *rest)
+        return function.apply(*cast, *rest)
 
 
 def _tuple(value: int | Sequence[int], n: int) -> list[int]:

@@ -85,10 +85,9 @@ def dual_dropout(
     Deviations from the paper: its equations show no scale; `scale="none"` is literally them.
     """
     check_settings(p_forward, p_backward, coupling, scale)
-    given = (generator, mask_shape, mask_forward, mask_backward)
-    if training and same_rate(p_forward, p_backward) and (coupling, scale) == ("nested", "inverted"):
-        if all(g is None for g in given):
-            return F.dropout(x, p_forward, training=True)
+    plain = all(g is None for g in (generator, mask_shape, mask_forward, mask_backward))
+    if training and plain and same_rate(p_forward, p_backward) and (coupling, scale) == ("nested", "inverted"):
+        return F.dropout(x, float(p_forward), training=True)
     return dual_views(
         x,
         p_forward,
@@ -292,9 +291,9 @@ class _FirstOrder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         raise UnsupportedTraining(
-            "The backward pass of augmented dropout was differentiated (a gradient penalty, a meta-gradient, a Hessian). "
-            "With different masks in the two passes it is not the gradient of any loss, so that it has no derivative of "
-            "use. Take equal rates with nested masks, or leave those dropouts out."
+            "The backward pass of augmented dropout was differentiated (a gradient penalty, a meta-gradient, a "
+            "Hessian). With different masks in the two passes it is not the gradient of any loss, so that it has no "
+            "derivative of use. Take equal rates with nested masks, or leave those dropouts out."
         )
 
 
@@ -413,7 +412,7 @@ def _inverse(p: Rate) -> Rate:
 
 def _alpha_affine(p: Rate) -> tuple[Rate, Rate]:
     if isinstance(p, Tensor):
-        a = ((1 - p).clamp(min=1 / _LARGEST_SCALE) * (1 + p * _SELU_FLOOR**2)).rsqrt() * (p < 1)
-        return a, -a * _SELU_FLOOR * p
+        slope = ((1 - p).clamp(min=1 / _LARGEST_SCALE) * (1 + p * _SELU_FLOOR**2)).rsqrt() * (p < 1)
+        return slope, -slope * _SELU_FLOOR * p
     a = 0.0 if p >= 1 else ((1 - p) * (1 + p * _SELU_FLOOR**2)) ** -0.5
     return a, -a * _SELU_FLOOR * p

@@ -156,7 +156,8 @@ def check_rates(p_forward: float | None, p_backward: float | None, ratio: float)
         raise InvalidArgument(f"ratio={ratio!r}: a number from 0 on is needed, by which p_forward is multiplied.")
     if p_backward is not None and ratio != 1.0:
         raise InvalidArgument(
-            f"p_backward={p_backward!r} and ratio={ratio!r} both say how much the backward pass drops. Give one of them."
+            f"p_backward={p_backward!r} and ratio={ratio!r} both say how much the backward pass drops. Give one of "
+            f"them."
         )
 
 

@@ -13,7 +13,17 @@ from lightning_methods.augmented_dropout.swap import Exchange
 
 # the graph nodes of our own layers, and of views and padding, behind which the reader is looked for
 _OWN = {"_LinearBackward", "_ConvBackward", "_MatmulBackward"}
-_VIEWS = ("View", "Reshape", "Transpose", "TBackward", "Permute", "Squeeze", "Unsqueeze", "UnsafeView", "AsStrided")
+_VIEWS: tuple[str, ...] = (
+    "View",
+    "Reshape",
+    "Transpose",
+    "TBackward",
+    "Permute",
+    "Squeeze",
+    "Unsqueeze",
+    "UnsafeView",
+    "AsStrided",
+)
 _VIEWS += ("Slice", "Select", "Split", "Chunk", "Unflatten", "Alias", "Expand", "MoveDim", "Narrow")
 _VIEWS += ("ConstantPad", "ReflectionPad", "ReplicationPad", "torch::autograd::CopySlices")
 

@@ -1,9 +1,9 @@
 """Put dual dropout into an unchanged module, and let the layers after it find both views of what they read.
 
-A swapped dropout returns the features of the forward mask, whose errors get the backward mask whoever reads them. It also
-leaves a note with the exchange; a swapped Linear or Conv that gets those very values (the same storage, under any view)
-takes its weight gradient from the features of the backward mask instead. Where something was computed in between, there
-is no such layer, and the errors are all there is to change.
+A swapped dropout returns the features of the forward mask, whose errors get the backward mask whoever reads them. It
+also leaves a note with the exchange; a swapped Linear or Conv that gets those very values (the same storage, under any
+view) takes its weight gradient from the features of the backward mask instead. Where something was computed in between,
+there is no such layer, and the errors are all there is to change.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Note:
     mask: Tensor | None
     scale: Rate
     offset: Tensor | None
-    layout: tuple[torch.Size, tuple[int, ...], int, torch.dtype]
+    layout: tuple[Any, Any, Any, torch.dtype]
     made: Tensor | None = None
 
     def features(self) -> Tensor:
@@ -152,8 +152,9 @@ def _take_between_graphs(exchange: Exchange, layer: str, x: Tensor) -> Tensor | 
 class _Attached:
     """What a swapped module knows.
 
-    `faithful` says whether layers may take the backward view of this dropout. `slot` passes the backward view on within one compiled graph, where storages cannot be asked for: from a dropout to
-    the layer that follows it in an `nn.Sequential`, with nothing but the reshaping modules `between` them.
+    `faithful` says whether layers may take the backward view of this dropout. `slot` passes the backward view on within
+    one compiled graph, where storages cannot be asked for: from a dropout to the layer that follows it in an
+    `nn.Sequential`, with nothing but the reshaping modules `between` them.
     """
 
     name: str
@@ -171,7 +172,8 @@ class _Swapped(nn.Module):
     _dual: _Attached
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, (cls, *args), state, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, (cls, *args), state, *rest = reduced
         state = {key: value for key, value in state.items() if key != "_dual"}
         original = self._dual.original
         return _new, (original if cls is type(self) else cls, *args), state, *rest
@@ -204,7 +206,7 @@ class _SwappedPath(_Swapped):
         noise = self._dual.noise
         assert noise is not None
         if not noise.in_graph(input):
-            return super().forward(input)  # type: ignore[misc]
+            return super().forward(input)
         return noise.views(input, training=self.training).forward
 
 
@@ -213,7 +215,7 @@ class _Untouched(_Swapped):
 
     def forward(self, input: Tensor) -> Tensor:
         with self._dual.exchange.passing():
-            return super().forward(input)  # type: ignore[misc]
+            return super().forward(input)
 
 
 class _SwappedConsumer(_Swapped):
@@ -241,7 +243,7 @@ class _SwappedLinear(_SwappedConsumer):
     def forward(self, input: Tensor) -> Tensor:
         x_backward = self._backward_view(input)
         if x_backward is None:
-            return super().forward(input)  # type: ignore[misc]
+            return super().forward(input)
         return consume_linear(input, x_backward, self.weight, self.bias, self._dual.exchange.switch)
 
 
@@ -253,7 +255,7 @@ class _SwappedConv(_SwappedConsumer):
     def forward(self, input: Tensor) -> Tensor:
         x_backward = self._backward_view(input)
         if x_backward is None:
-            return super().forward(input)  # type: ignore[misc]
+            return super().forward(input)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             sides = self._reversed_padding_repeated_twice
@@ -280,7 +282,7 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 
 @functools.cache
-def _swapped_class(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
+def _swapped_class(cls: Any, mixin: Any) -> Any:
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
@@ -353,7 +355,7 @@ class Swapper:
 
     def _swap(self, module: nn.Module, mixin: type[nn.Module], attached: _Attached) -> None:
         if isinstance(module, _Untouched):  # by a callback that leaves it to this one
-            module.__class__ = module._dual.original
+            module.__class__ = own_class(module)  # type: ignore[assignment]
         if isinstance(module, _Swapped):
             raise InvalidArgument(
                 f"Another callback has already changed the dropout {attached.name!r}. Attach one of them, with a "

@@ -435,9 +435,9 @@ def test_rates_that_are_none(bad, name):
 
 def test_settings_that_are_not_known():
     x = torch.ones(3)
-    for given in ({"coupling": "nest"}, {"scale": "invert"}):
+    for unknown in ({"coupling": "nest"}, {"scale": "invert"}):
         with pytest.raises(InvalidArgument, match="Did you mean"):
-            dual_dropout(x, 0.5, 0.2, **given)
+            dual_dropout(x, 0.5, 0.2, **unknown)
     with pytest.raises(InvalidArgument, match="weight_grad"):
         dual_linear(x, torch.ones(1, 3), weight_grad="both")
     with pytest.raises(InvalidArgument, match="alpha"):

@@ -113,7 +113,7 @@ class MeasuredModule(TinyModule):
 
 PAPER_WEIGHT = -0.1  # -10 is meant for wide convolutional layers
 
-# -- augmented dropout: noise that depends on the place in the training alone, so that runs and ranks can be compared ----
+# -- augmented dropout: noise that depends on the place in the training alone, so that runs can be compared ------------
 
 
 class DroppedModule(TinyModule):
