@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from lightning_methods.augmented_dropout.swap import own_class
 from lightning_methods.core._lightning import rank_zero_info, rank_zero_warn
 from lightning_methods.core.layers import named_layers
 from lightning_methods.errors import LayerNotFound, LightningMethodsWarning, UnsupportedTraining, check_choice
-from lightning_methods.report import log_table
+from lightning_methods.report import log_figure, log_table
 
 
 class AugmentedDropout(DropoutCallback):
@@ -38,7 +39,8 @@ class AugmentedDropout(DropoutCallback):
     Logs `augmented_dropout/p_forward` and `augmented_dropout/p_backward` (means over the dropouts); with
     `compare_every_n_steps` also `augmented_dropout/grad_cosine` and `augmented_dropout/grad_norm_ratio` between the
     gradient and that of standard dropout with the same forward masks (means over the steps); at the end of the fit the
-    table `augmented_dropout/dropouts` and, of a schedule, the figure `augmented_dropout/rates`.
+    table `augmented_dropout/dropouts` and the figures `augmented_dropout/rates` (of a schedule) and
+    `augmented_dropout/comparison`.
 
     Args:
         p_forward: rate of the forward pass; each dropout's own by default.
@@ -118,6 +120,7 @@ class AugmentedDropout(DropoutCallback):
         self.seeding = StepSeed(seed)
         #: after the first batch, what is known of each dropout
         self.readings: list[Reading] = []
+        self.figure_paths: list[Path] = []
         self._mode: Interception | None = None
         self._step = ExitStack()
         self._told = False
@@ -265,15 +268,16 @@ class AugmentedDropout(DropoutCallback):
             pl_module.log(f"{self.log_prefix}/{key}", value)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Show what was swapped, and how the rates moved."""
-        self.show_rates(trainer, {"forward pass": 0, "backward pass": 1})
+        """Show what was swapped, how the rates moved, and how far the gradient was from the standard one."""
+        written = self.show_rates(trainer, {"forward pass": 0, "backward pass": 1})
+        if self.comparison.history:
+            written += log_figure(trainer, f"{self.log_prefix}/comparison", self.comparison.figure())
         if self.noises:
             columns = ["dropout", "kind", "p_forward", "p_backward", "weight gradient"]
-            rows = [
-                [r.name, r.kind, r.p_forward, r.p_backward, r.weight_gradient]
-                for r in self.readings or self._readings_now()
-            ]
-            log_table(trainer, f"{self.log_prefix}/dropouts", columns, rows)
+            readings = self.readings or self._readings_now()
+            rows = [[r.name, r.kind, r.p_forward, r.p_backward, r.weight_gradient] for r in readings]
+            written += log_table(trainer, f"{self.log_prefix}/dropouts", columns, rows)
+        self.figure_paths = written
 
     def state_dict(self) -> dict[str, Any]:
         """Return the comparison's history and running sums, as tensors and plain builtins."""

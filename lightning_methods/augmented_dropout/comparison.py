@@ -6,11 +6,13 @@ import math
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_methods.augmented_dropout.functional import Switch
 from lightning_methods.core.means import EpochMeans
 from lightning_methods.errors import InvalidArgument, UnsupportedTraining
+from lightning_methods.report import curves
 
 
 class GradientComparison:
@@ -91,6 +93,18 @@ class GradientComparison:
         for key, value in means.items():
             self.history.setdefault(key, []).append(value)
         return means
+
+    def figure(self) -> Figure:
+        """Return the picture of both quantities over the epochs."""
+        names = {"grad_cosine": "cosine", "grad_norm_ratio": "ratio of the norms"}
+        series = {names[key]: (list(range(len(values))), values) for key, values in self.history.items()}
+        return curves(
+            series,
+            title="Gradient against that of standard dropout",
+            x_label="epoch",
+            y_label="mean over the compared batches",
+            reference={"standard dropout": 1.0},
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history and the running epoch, as tensors and plain builtins."""

@@ -154,7 +154,8 @@ def dual_attention(
     r"""Return scaled dot product attention whose weights are dropped differently in the two passes.
 
     .. math:: O = (A \odot m_f) V, \qquad
-        \frac{\partial J}{\partial V} := (A \odot m_b)^\top \frac{\partial J}{\partial O}, \qquad \frac{\partial J}{\partial A} := \Bigl(\frac{\partial J}{\partial O} V^\top\Bigr) \odot m_b
+        \frac{\partial J}{\partial V} := (A \odot m_b)^\top \frac{\partial J}{\partial O}, \qquad
+        \frac{\partial J}{\partial A} := \Bigl(\frac{\partial J}{\partial O} V^\top\Bigr) \odot m_b
 
     Fused kernels draw one mask for both passes; this one holds the `(L, S)` weights.
 

@@ -353,7 +353,7 @@ class Swapper:
         self._modules.clear()
         self.exchange.end_step()
 
-    def _swap(self, module: nn.Module, mixin: type[nn.Module], attached: _Attached) -> None:
+    def _swap(self, module: nn.Module, mixin: Any, attached: _Attached) -> None:
         if isinstance(module, _Untouched):  # by a callback that leaves it to this one
             module.__class__ = own_class(module)  # type: ignore[assignment]
         if isinstance(module, _Swapped):

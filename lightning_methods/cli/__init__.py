@@ -37,6 +37,9 @@ COMMANDS = {
     "layer-identification": Command(
         "lightning_methods.cli.similarity:identify", "whether each layer finds its twin in checkpoints of other seeds"
     ),
+    "dropout-map": Command(
+        "lightning_methods.cli.dropout_map:draw", "which pass needs the noise of dropout, over a grid of both rates"
+    ),
     "list": Command("lightning_methods.cli.cards:list_techniques", "the techniques, their classes and papers"),
     "card": Command(
         "lightning_methods.cli.cards:show_card", "all about one technique: use, settings, evidence, limits"
