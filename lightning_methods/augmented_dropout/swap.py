@@ -8,7 +8,6 @@ there is no such layer, and the errors are all there is to change.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -281,9 +280,15 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return module._dual.original if isinstance(module, _Swapped) else type(module)
 
 
-@functools.cache
+_SWAPPED_CLASSES: dict[tuple[Any, Any], Any] = {}
+
+
 def _swapped_class(cls: Any, mixin: Any) -> Any:
-    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    """Return the class that is `mixin` before `cls`, the same one every time, since compiled code is guarded by it."""
+    if (cls, mixin) not in _SWAPPED_CLASSES:
+        names = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        _SWAPPED_CLASSES[cls, mixin] = type(cls.__name__, (mixin, cls), names)
+    return _SWAPPED_CLASSES[cls, mixin]
 
 
 # -- putting them in and taking them out -------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
+import logging
 import math
 import statistics
 import tempfile
@@ -20,7 +22,6 @@ from lightning_methods.errors import InvalidArgument, did_you_mean
 from lightning_methods.report import curves, heatmap
 
 _FIELDS = ("seed", "p_forward", "p_backward", "value")
-# what a configuration of `fit` may hold beside these belongs to that command alone
 _KEYS = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
 _QUIET = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 
@@ -55,7 +56,9 @@ def draw(argv: Sequence[str]) -> int:
                 raise InvalidArgument(f"--{name.replace('_', '-')} {rate}: numbers from 0 to 1 are needed.")
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
+    _same_study(folder / "study.json", args, rest)
     runs = _read(folder / "runs.csv")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # one line a training is enough
     for seed in args.seeds:
         for p_forward in args.p_forward:
             for p_backward in args.p_backward:
@@ -100,15 +103,16 @@ def _value(args: argparse.Namespace, rest: list[str], seed: int, p_forward: floa
             parser_class=ReadableParser,
             parser_kwargs={"prog": f"{PROGRAM} dropout-map"},
         )
-    callbacks = [c for c in cli.trainer.callbacks if isinstance(c, AugmentedDropout)]
+    trainer: Any = cli.trainer
+    callbacks = [c for c in trainer.callbacks if isinstance(c, AugmentedDropout)]
     if not callbacks:
         callbacks = [AugmentedDropout()]
-        cli.trainer.callbacks += callbacks
+        trainer.callbacks += callbacks
     for callback in callbacks:  # one of the configuration keeps its other settings
         callback.p_forward, callback.p_backward, callback.ratio = p_forward, p_backward, 1.0
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    trainer.fit(cli.model, datamodule=cli.datamodule)
     found: dict[str, float] = {}
-    for values in cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False):
+    for values in trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False):
         found |= values
     if args.metric not in found:
         raise InvalidArgument(f"The validation gives no {args.metric!r}. {did_you_mean(args.metric, found)}")
@@ -117,17 +121,9 @@ def _value(args: argparse.Namespace, rest: list[str], seed: int, p_forward: floa
 
 def _configs(paths: list[str], folder: Path) -> Iterator[str]:
     """Yield options with copies of the configurations that hold what a run without subcommand takes."""
-    for i, path in enumerate(paths):
-        try:
-            config: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise InvalidArgument(
-                f"{path} cannot be read as a configuration: {' '.join(str(error).split())}"
-            ) from error
-        if not isinstance(config, dict):
-            raise InvalidArgument(f"{path} is no configuration; a mapping with model, data and trainer is needed.")
+    for i, content in enumerate(_contents(paths)):
         copy = folder / f"{i}.yaml"
-        copy.write_text(yaml.safe_dump({key: config[key] for key in _KEYS if key in config}), encoding="utf-8")
+        copy.write_text(yaml.safe_dump(content), encoding="utf-8")
         yield f"--config={copy}"
 
 
@@ -190,11 +186,11 @@ def _figures(runs: Runs, args: argparse.Namespace, folder: Path) -> list[Path]:
     )
     paths = [folder / "heatmap.png"]
     figure.savefig(paths[0], dpi=150)
-    series = {}
+    series: dict[str, tuple[object, object]] = {}
     for family, members in _families(_means(runs)).items():
         points = sorted((max(rates), cells[rates]) for rates in members if math.isfinite(cells[rates]))
         if family not in ("augmented", "no dropout") and points:
-            series[family] = tuple(zip(*points, strict=True))
+            series[family] = [rate for rate, _ in points], [value for _, value in points]
     if series:
         paths.append(folder / "curves.png")
         reference = {"no dropout": cells[0.0, 0.0]} if math.isfinite(cells.get((0.0, 0.0), math.nan)) else None
@@ -202,6 +198,33 @@ def _figures(runs: Runs, args: argparse.Namespace, folder: Path) -> list[Path]:
             series, title="Noise of one pass and of both", x_label="rate", y_label=args.metric, reference=reference
         ).savefig(paths[1], dpi=150)
     return paths
+
+
+def _same_study(path: Path, args: argparse.Namespace, rest: list[str]) -> None:
+    """Remember what is studied, and refuse to mix the runs of two studies."""
+    study = {"configs": _contents(args.config), "options": rest, "metric": args.metric}
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != study:
+        raise InvalidArgument(
+            f"{path.parent} holds runs of other configurations, options or another metric. Give another --output, or "
+            f"remove that folder."
+        )
+    path.write_text(json.dumps(study, indent=1), encoding="utf-8")
+
+
+def _contents(paths: list[str]) -> list[Any]:
+    contents = []
+    for path in paths:
+        try:
+            config: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise InvalidArgument(
+                f"{path} cannot be read as a configuration: {' '.join(str(error).split())}"
+            ) from error
+        if not isinstance(config, dict):
+            raise InvalidArgument(f"{path} is no configuration; a mapping with model, data and trainer is needed.")
+        # what else a configuration of `fit` holds belongs to that command alone
+        contents.append({key: config[key] for key in _KEYS if key in config})
+    return contents
 
 
 def _read(path: Path) -> Runs:
