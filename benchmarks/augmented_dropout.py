@@ -202,8 +202,8 @@ def overhead(device: str, rounds: int) -> Table:
     table = Table(
         "3. The callback: MLP(784, (512, 512)) with two dropouts, batch 100",
         ["", "ms/step", "added"],
-        note=f"A whole training step of a Trainer: the median over 99 steps, of which the smallest of {rounds} trainings "
-        "that took turns.",
+        note=f"A whole training step of a Trainer: the median over 99 steps, of which the smallest of {rounds} "
+        "trainings that took turns.",
     )
     for name, medians in found.items():
         table.rows.append([name, f"{min(medians):.2f}", f"{min(medians) - min(found['without']):+.2f}"])

@@ -17,7 +17,7 @@ CONFIG = {
     "trainer": {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 1, "accelerator": "cpu"},
     "model": {
         "class_path": "Classifier",
-        "init_args": {"net": {"class_path": "MLP", "init_args": {"in_features": 64, "hidden": [16], "dropout": 0.5}}},
+        "init_args": {"net": {"class_path": "lightning_methods.models.MLP", "init_args": {"in_features": 64, "hidden": [16], "dropout": 0.5}}},
     },
     "data": {"class_path": "DigitsDataModule", "init_args": {"flat": True}},
 }
@@ -87,7 +87,7 @@ def test_the_callback_of_the_configuration_keeps_its_settings(config, capsys):
         (["--p-forward", "1.5"], "--p-forward 1.5"),
         (["--p-backward", "nan"], "--p-backward nan"),
         (["--metric", "val/los"], "Did you mean 'val/loss'"),
-        (["--trainer.max_epoch=1"], "max_epoch"),
+        (["--trainer.max_epoks=1"], "max_epoks"),
         (["--config", "none.yaml"], "none.yaml"),
         (["--mode", "least"], "least"),
     ],
