@@ -75,13 +75,17 @@ def lazy_random_walk(
     if isolated == "stay":
         own[stranded(edge_index, size, normalization)] = 1.0
     rows, columns = torch.cat([edge_index[1], nodes]), torch.cat([edge_index[0], nodes])
+    return sparse_matrix(rows, columns, torch.cat([weight / 2, own]), size)
+
+
+def sparse_matrix(rows: Tensor, columns: Tensor, values: Tensor, size: int) -> Tensor:
+    """Return a square matrix in CSR form from its entries in any order, each given once."""
     order = torch.argsort(rows * size + columns)
-    values = torch.cat([weight / 2, own])[order]
-    starts = torch.zeros(size + 1, dtype=torch.int64, device=edge_index.device)
+    starts = torch.zeros(size + 1, dtype=torch.int64, device=rows.device)
     starts[1:] = torch.bincount(rows, minlength=size).cumsum(0)
     with warnings.catch_warnings():  # that CSR tensors are in beta
         warnings.simplefilter("ignore", UserWarning)
-        return torch.sparse_csr_tensor(starts, columns[order], values, (size, size), check_invariants=False)
+        return torch.sparse_csr_tensor(starts, columns[order], values[order], (size, size), check_invariants=False)
 
 
 def transition(

@@ -322,7 +322,10 @@ def test_a_constant_on_a_complete_graph_has_no_coefficients(n, dtype):
 
 def test_the_floor_is_that_of_each_graph_and_signal():
     edges, x, batch = joined(
-        [(complete(5), torch.full((5, 2), 1e6, dtype=torch.float64)), (path_graph(4), torch.tensor([[1.0, 2], [3, 7], [2, 0], [4, 1]]).double() * 1e-6)]
+        [
+            (complete(5), torch.full((5, 2), 1e6, dtype=torch.float64)),
+            (path_graph(4), torch.tensor([[1.0, 2], [3, 7], [2, 0], [4, 1]]).double() * 1e-6),
+        ]
     )
     u = scattering_coefficients(lazy_random_walk(edges, num_nodes=9), x)
     found = scattering_moments(u, batch, 2, normalized=False).reshape(2, 2, 16, 4)
