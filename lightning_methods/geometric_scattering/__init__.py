@@ -1,5 +1,6 @@
 """Geometric scattering: features of whole graphs from random walks at many scales."""
 
+from lightning_methods.geometric_scattering.encoder import ScatteringEncoder
 from lightning_methods.geometric_scattering.functional import (
     lazy_random_walk,
     scattering_coefficients,
@@ -7,8 +8,17 @@ from lightning_methods.geometric_scattering.functional import (
     wavelets,
 )
 from lightning_methods.geometric_scattering.moments import feature_names, scattering_moments
+from lightning_methods.geometric_scattering.structure import clustering_coefficient, degree, eccentricity
+from lightning_methods.geometric_scattering.transform import ClusteringCoefficient, Eccentricity, GeometricScattering
 
 __all__ = [
+    "ClusteringCoefficient",
+    "Eccentricity",
+    "GeometricScattering",
+    "ScatteringEncoder",
+    "clustering_coefficient",
+    "degree",
+    "eccentricity",
     "feature_names",
     "lazy_random_walk",
     "scattering_coefficients",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Batch, Data
-from torch_geometric.transforms import BaseTransform
 
 from lightning_methods.core._lightning import rank_zero_warn
-from lightning_methods.errors import BatchFormat, InvalidArgument, LightningMethodsWarning, check_choice
+from lightning_methods.errors import BatchFormat, InvalidArgument, LightningMethodsWarning, check_choice, require
 from lightning_methods.geometric_scattering.functional import (
     Isolated,
     Normalization,
@@ -26,7 +26,19 @@ from lightning_methods.geometric_scattering.structure import SIGNALS
 _ELEMENTS = 2**23
 
 
-class GeometricScattering(BaseTransform):
+class GraphTransform:
+    """What PyG calls with a graph or a batch of graphs: changes a shallow copy, as its own transforms do."""
+
+    def __call__(self, data: Any) -> Any:
+        """Return a transformed copy."""
+        return self.forward(copy.copy(data))
+
+    @abstractmethod
+    def forward(self, data: Any) -> Any:
+        """Transform a graph in place and return it."""
+
+
+class GeometricScattering(GraphTransform):
     r"""Add the scattering features of a graph to it, as `data.scattering`.
 
     .. math:: S x(p, q) = \sum_l |U[p]x(v_l)|^q, \quad U[j, j']x = |\Psi_{j'}|\Psi_j x||
@@ -111,13 +123,13 @@ class GeometricScattering(BaseTransform):
         self.attr = attr
         self._warned = False
 
-    def forward(self, data: Data) -> Data:
+    def forward(self, data: Any) -> Any:
         """Return the graph, or batch of graphs, with its features."""
         setattr(data, self.attr, self.features(data))
         return data
 
     @torch.no_grad()
-    def features(self, data: Data) -> Tensor:
+    def features(self, data: Any) -> Tensor:
         """Return the features `(B, F')` of a graph or of a batch of graphs."""
         nodes, batch, graphs = _nodes_of(data)
         edge_index = _edges_of(data)
@@ -132,7 +144,7 @@ class GeometricScattering(BaseTransform):
         ]
         return torch.cat(parts, 1).to(self.walk["dtype"])
 
-    def transform_dataset(self, dataset: Iterable[Data], batch_nodes: int = 40_000) -> list[Data]:
+    def transform_dataset(self, dataset: Iterable[Any], batch_nodes: int = 40_000) -> list[Any]:
         """Return copies of all graphs with their features, many graphs at a time.
 
         Args:
@@ -152,9 +164,10 @@ class GeometricScattering(BaseTransform):
         """
         if batch_nodes < 1:
             raise InvalidArgument(f"batch_nodes={batch_nodes}: at least 1 is needed.")
-        done: list[Data] = []
+        batches = require("torch_geometric.data", extra="graph", why="transform_dataset").Batch
+        done: list[Any] = []
         for graphs in _grouped(dataset, batch_nodes):
-            features = self.features(Batch.from_data_list(graphs))
+            features = self.features(batches.from_data_list(graphs))
             for graph, row in zip(graphs, features, strict=True):
                 copied = graph.clone()
                 setattr(copied, self.attr, row[None].clone())
@@ -174,7 +187,7 @@ class GeometricScattering(BaseTransform):
         names = [[f"x{i}" for i in range(in_channels)] if s == "x" else [s] for s in self.signals]
         return feature_names([name for part in names for name in part], **self.filters, **self.moments)
 
-    def _signals(self, data: Data, nodes: int, batch: Tensor) -> Tensor:
+    def _signals(self, data: Any, nodes: int, batch: Tensor) -> Tensor:
         dtype = self.walk["dtype"]
         columns = []
         for name in self.signals:
@@ -206,7 +219,7 @@ class GeometricScattering(BaseTransform):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
 
 
-class _Structural(BaseTransform):
+class _Structural(GraphTransform):
     """A transform that adds a structural signal to the node features."""
 
     name: str
@@ -214,7 +227,7 @@ class _Structural(BaseTransform):
     def __init__(self, *, cat: bool = True) -> None:
         self.cat = cat
 
-    def forward(self, data: Data) -> Data:
+    def forward(self, data: Any) -> Any:
         """Return the graph, or batch of graphs, with the signal in `data.x`."""
         nodes, batch, _ = _nodes_of(data)
         signal = SIGNALS[self.name](_edges_of(data), batch, nodes)[:, None]
@@ -279,7 +292,7 @@ def signal_of(data: Any) -> Tensor:
     if x is None:
         raise BatchFormat(
             f"The graph has no node features x (it holds {', '.join(map(str, data.keys())) or 'nothing'}). Use "
-            f"structural signals, signals=('eccentricity', 'clustering'), or add some with the transforms of the same names."
+            f"signals=('eccentricity', 'clustering'), or add such signals with the transforms of these names."
         )
     if x.ndim == 1:
         x = x[:, None]
@@ -315,8 +328,8 @@ def _is_symmetric(edge_index: Tensor, weight: Tensor | None, nodes: int) -> bool
     return same and (weight is None or bool(torch.allclose(weight[first], weight[second])))
 
 
-def _grouped(dataset: Iterable[Data], batch_nodes: int) -> Iterator[list[Data]]:
-    group: list[Data] = []
+def _grouped(dataset: Iterable[Any], batch_nodes: int) -> Iterator[list[Any]]:
+    group: list[Any] = []
     nodes = 0
     for graph in dataset:
         size = int(graph.num_nodes or 0)
