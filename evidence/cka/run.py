@@ -2,8 +2,8 @@
 
 python evidence/cka/run.py --data digits                     some three minutes of CPU time
 python evidence/cka/run.py --data cifar10 --device gpu       the paper's data; downloads it to ./data
-python evidence/cka/run.py --data cifar10 --folder data/cifar10 --train-size 10000 --epochs 10 --samples 400 --seeds 1
-                                                             its JPEG copy, at a size for a CPU: an hour of one core
+python evidence/cka/run.py --data cifar10 --folder data/cifar10 --networks 8 --train-size 10000 --epochs 6 \\
+    --samples 400 --seeds 1 --parts identification to_initialisation       at a size for a CPU, on its JPEG copy
 
 Writes `results/<data>.json` and the figures beside this file, and prints the tables of README.md.
 """
