@@ -349,10 +349,11 @@ def robustness_tables(path: Path) -> list[str]:
             table.append("| " + " | ".join(cells) + " |")
     text = (
         "Seeds from 100, on which nothing was chosen, with the last hidden layer, all hidden layers, and all layers "
-        "before their activation; differences in points against the paired run without the callback, intervals over seeds. "
+        "before their activation; differences in points against the paired run without the callback, intervals over "
+        "seeds. "
         f"Diverged: accuracy below {100 * DIVERGED:g}% or a loss that is not finite. Rounding is a weight of -1e-06, "
-        "which changes nothing else. In the lower rows the module's own loss is multiplied by a number, which Adam does not "
-        "feel; the safe preset without its limit is `weight=-0.03` alone."
+        "which changes nothing else. In the lower rows the module's own loss is multiplied by a number, which Adam does "
+        "not feel; the safe preset without its limit is `weight=-0.03` alone."
     )
     return ["## Trainings that are fragile, and losses in other units", text, "\n".join(table)]
 
