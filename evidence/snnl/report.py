@@ -352,8 +352,8 @@ def robustness_tables(path: Path) -> list[str]:
         "before their activation; differences in points against the paired run without the callback, intervals over "
         "seeds. "
         f"Diverged: accuracy below {100 * DIVERGED:g}% or a loss that is not finite. Rounding is a weight of -1e-06, "
-        "which changes nothing else. In the lower rows the module's own loss is multiplied by a number, which Adam does "
-        "not feel; the safe preset without its limit is `weight=-0.03` alone."
+        "which changes nothing else. In the lower rows the module's own loss is multiplied by a number, which Adam "
+        "does not feel; the safe preset without its limit is `weight=-0.03` alone."
     )
     return ["## Trainings that are fragile, and losses in other units", text, "\n".join(table)]
 
