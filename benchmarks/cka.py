@@ -3,8 +3,8 @@
     python benchmarks/cka.py --markdown benchmarks/results/cka_cpu.md
     python benchmarks/cka.py --device cuda --markdown benchmarks/results/cka_cuda.md
 
-The peer is torch_cka, of the `bench` extra; without it its rows are left out. Features are made once, so that no forward
-pass is timed. Limits are reported as ok or missed; nothing fails.
+The peer is torch_cka, of the `bench` extra; without it its rows are left out. Features are made once, so that no
+forward pass is timed. Limits are reported as ok or missed; nothing fails.
 """
 
 from __future__ import annotations

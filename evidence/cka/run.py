@@ -2,8 +2,8 @@
 
 python evidence/cka/run.py --data digits                     some three minutes of CPU time
 python evidence/cka/run.py --data cifar10 --device gpu       the paper's data; downloads it to ./data
-python evidence/cka/run.py --data cifar10 --folder data/cifar10 --train-size 10000 --epochs 10 --samples 400 --seeds 1
-                                                             its JPEG copy, at a size for a CPU: an hour of one core
+python evidence/cka/run.py --data cifar10 --folder data/cifar10 --networks 8 --train-size 10000 --epochs 6 \\
+    --samples 400 --seeds 1 --parts identification to_initialisation       at a size for a CPU, on its JPEG copy
 
 Writes `results/<data>.json` and the figures beside this file, and prints the tables of README.md.
 """
@@ -181,12 +181,16 @@ def to_initialisation(args: argparse.Namespace, _: Tensor) -> dict[str, Any]:
     }
     figure = curves(
         {layer: ([0, *epochs], [1.0, *values]) for layer, values in means.items()},
-        title=f"Similarity of each layer to its initialisation, mean of {args.seeds} seeds",
+        title=f"Similarity of each layer to its initialisation, {_mean_of(args.seeds)}",
         x_label="epoch",
         y_label="linear CKA, debiased",
     )
     figure.savefig(HERE / f"to_init_{args.data}.png", dpi=150)
     return {"epochs": epochs, "means": means, "seeds": args.seeds}
+
+
+def _mean_of(seeds: int) -> str:
+    return f"mean of {seeds} seeds" if seeds > 1 else "one seed"
 
 
 def depths(args: argparse.Namespace, images: Tensor) -> dict[str, Any]:
@@ -204,7 +208,7 @@ def depths(args: argparse.Namespace, images: Tensor) -> dict[str, Any]:
             mean,
             names,
             names,
-            title=f"A plain network at {depth}x depth, mean of {args.seeds} seeds",
+            title=f"A plain network at {depth}x depth, {_mean_of(args.seeds)}",
             value_label="linear CKA, debiased",
             vmin=0.0,
             vmax=1.0,
