@@ -64,7 +64,7 @@ class SafeByHand(TinyModule):
             h = feature_rows(layers[name])  # half precision is cast once, for the loss and for its temperature
             terms.append(-0.03 * soft_nearest_neighbor_loss(h, y, median_temperature(h)))
         loss = self.own_loss(layers["head"], y)
-        most, size = 0.1 * loss.detach(), -(terms[0] + terms[1]).detach()
+        most, size = 0.1 * loss.detach().float(), -(terms[0] + terms[1]).detach()
         return loss + (terms[0] + terms[1]) * (most / size if size > most else 1.0)
 
 
