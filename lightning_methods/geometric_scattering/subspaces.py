@@ -106,7 +106,7 @@ def class_subspaces(features: Tensor, labels: Tensor, share: float = 0.9) -> Cla
     Example:
         >>> import torch
         >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-        >>> class_subspaces(x, torch.tensor([0, 0, 1, 1])).distances
+        >>> class_subspaces(x, torch.tensor([0, 0, 1, 1])).distances.round(decimals=6)
         tensor([[0., 1.],
                 [1., 0.]], dtype=torch.float64)
     """
