@@ -18,6 +18,8 @@ _EXPORTS = {
     "RepresentationSimilarity": "cka",
     "MinibatchCKA": "cka",
     "StreamingCKA": "cka",
+    "RobustGenerativeClassifier": "rog",
+    "GenerativeClassifier": "rog",
     "DigitsDataModule": "data",
     "MNISTDataModule": "data",
     "CIFAR10DataModule": "data",
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from lightning_methods.data import MNISTDataModule as MNISTDataModule
     from lightning_methods.data import NoisyLabels as NoisyLabels
     from lightning_methods.models import Classifier as Classifier
+    from lightning_methods.rog import GenerativeClassifier as GenerativeClassifier
+    from lightning_methods.rog import RobustGenerativeClassifier as RobustGenerativeClassifier
     from lightning_methods.snnl import DeepKNN as DeepKNN
     from lightning_methods.snnl import Entanglement as Entanglement
     from lightning_methods.snnl import SoftNearestNeighborLoss as SoftNearestNeighborLoss
