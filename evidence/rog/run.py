@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from scipy.stats import t as student
-
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_methods import CIFAR10DataModule, Classifier, MNISTDataModule, NoisyLabels, RobustGenerativeClassifier

@@ -7,27 +7,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
 
 from lightning_methods.core._lightning import Callback, rank_zero_info, rank_zero_warn
-from lightning_methods.core.layers import named_layers_first
 from lightning_methods.core.passes import loaders_of
 from lightning_methods.core.progress import phase
 from lightning_methods.core.taps import FeatureTaps, Pool
-from lightning_methods.errors import InvalidArgument, LayerNotFound, NoEffect, UnsupportedTraining, check_choice
-from lightning_methods.report import curves, heatmap, log_figure, log_table
+from lightning_methods.errors import InvalidArgument, NoEffect, UnsupportedTraining, check_choice
 from lightning_methods.rog.audit import LabelAudit, audit, true_labels
 from lightning_methods.rog.classifier import GenerativeClassifier, check_priors
+from lightning_methods.rog.display import show
 from lightning_methods.rog.ensemble import Fitted, LayerEnsemble, Mixing, fit_ensemble
 from lightning_methods.rog.estimators import Estimator
 from lightning_methods.rog.features import Collected, Reader, collect, in_order, mean_pool, varies
-from lightning_methods.rog.functional import check_support_fraction
+from lightning_methods.rog.mcd import check_support_fraction
 from lightning_methods.rog.module import RobustModule
+from lightning_methods.rog.surroundings import (
+    batch_limit,
+    blocks_before_classifier,
+    fingerprint,
+    is_last_epoch,
+    without_data,
+)
 
-_LAST_LAYERS = 4  # how many blocks before the classifier are used if none are named
-_LISTED = 50  # suspected mislabels in the table
 _A_CLASS_PER_DIMENSION = 5  # samples of a class that each feature needs
 _FEWEST_DIMENSIONS = 8
 _BATCH = 4096
@@ -100,7 +104,7 @@ class RobustGenerativeClassifier(Callback):
         layers: str | list[str] | None = None,
         *,
         estimator: Estimator = "mcd",
-        support_fraction: float | None | Literal["auto"] = "auto",
+        support_fraction: float | Literal["auto"] | None = "auto",
         ensemble: Mixing = "noisy_val",
         priors: Literal["uniform", "empirical"] | list[float] = "uniform",
         every_n_epochs: int | None = None,
@@ -135,7 +139,7 @@ class RobustGenerativeClassifier(Callback):
             if value is not None and value < least:
                 raise InvalidArgument(f"{name}={value}: at least {least} is needed.")
         self.layers = layers
-        self.support_fraction: float | None | Literal["auto"] = support_fraction
+        self.support_fraction: float | Literal["auto"] | None = support_fraction
         self.mixing: Mixing = ensemble
         self.settings: dict[str, Any] = {"estimator": estimator, "priors": priors, "shrinkage": shrinkage, "seed": seed}
         self.every_n_epochs = every_n_epochs
@@ -195,7 +199,7 @@ class RobustGenerativeClassifier(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Fit if it is time, before the checkpoints of this epoch are saved."""
-        if self._is_due(trainer.current_epoch) or _is_last_epoch(trainer):
+        if self._is_due(trainer.current_epoch) or is_last_epoch(trainer):
             for key, value in self._measure(trainer, pl_module, trainer.current_epoch).items():
                 pl_module.log(f"{self.log_prefix}/{key}", value, on_step=False, on_epoch=True, batch_size=1)
 
@@ -267,6 +271,9 @@ class RobustGenerativeClassifier(Callback):
 
     # -- for users ---------------------------------------------------------------------------------------------------
 
+    # trainer.test runs in inference mode, whose tensors could neither be learned from nor kept
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def fit(self, trainer: Any, pl_module: Any) -> dict[str, float]:
         """Read training and validation data, fit, and return the accuracies on the validation split."""
         self._attach(pl_module)
@@ -288,7 +295,7 @@ class RobustGenerativeClassifier(Callback):
             fitted = self._fitted(pl_module, training, validation)
         self.ensemble = fitted.ensemble
         self.chosen_fraction, self.prefers_softmax = fitted.support_fraction, fitted.prefers_softmax
-        self._weights_seen = _fingerprint(pl_module)
+        self._weights_seen = fingerprint(pl_module)
         self.audit = audit(fitted.ensemble, training, self._true_labels(trainer))
         values = {f"weight/{n}": float(w) for n, w in zip(fitted.ensemble.names, fitted.ensemble.weights, strict=True)}
         values |= {"noise_rate": self.audit.noise_rate, **self.audit.quality()}
@@ -304,7 +311,9 @@ class RobustGenerativeClassifier(Callback):
             UnsupportedTraining: before a fit.
         """
         if self.ensemble is None:
-            raise UnsupportedTraining("Nothing was fitted yet. Run trainer.fit or trainer.test with the callback first.")
+            raise UnsupportedTraining(
+                "Nothing was fitted yet. Run trainer.fit or trainer.test with the callback first."
+            )
         taps = FeatureTaps(self.ensemble.names, **self._tap_settings)
         return RobustModule(pl_module, self.ensemble, taps, prefers_softmax=self.prefers_softmax)
 
@@ -329,7 +338,7 @@ class RobustGenerativeClassifier(Callback):
         return self.every_n_epochs is not None and epoch >= 0 and (epoch + 1) % self.every_n_epochs == 0
 
     def _measure(self, trainer: Any, pl_module: Any, epoch: int) -> dict[str, float]:
-        if epoch <= self._measured or _without_data(trainer):
+        if epoch <= self._measured or without_data(trainer):
             return {}
         self._measured = epoch
         values = self.fit(trainer, pl_module)
@@ -340,7 +349,7 @@ class RobustGenerativeClassifier(Callback):
 
     def _refresh(self, trainer: Any, pl_module: Any) -> None:
         """Fit if what is there is not of the present weights."""
-        if _without_data(trainer) or (self.ensemble is not None and self._is_current(pl_module)):
+        if without_data(trainer) or (self.ensemble is not None and self._is_current(pl_module)):
             return
         values = self.fit(trainer, pl_module)
         step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
@@ -349,12 +358,14 @@ class RobustGenerativeClassifier(Callback):
                 logger.log_metrics({f"{self.log_prefix}/{key}": value for key, value in values.items()}, step=step)
 
     def _is_current(self, pl_module: Any) -> bool:
-        now = _fingerprint(pl_module)
+        now = fingerprint(pl_module)
         return len(now) == len(self._weights_seen) and all(
             abs(a - b) <= 1e-9 * max(abs(a), abs(b), 1.0) for a, b in zip(now, self._weights_seen, strict=True)
         )
 
-    def _collect(self, trainer: Any, pl_module: Any, which: str, *, labelled: bool = True, loader: Any = None) -> Collected:
+    def _collect(
+        self, trainer: Any, pl_module: Any, which: str, *, labelled: bool = True, loader: Any = None
+    ) -> Collected:
         source = {"train": self.train, "fit": self.validation}.get(which, which) if loader is None else loader
         loaders = loaders_of(trainer, source)
         bounds: dict[str, Any] = {}
@@ -367,7 +378,7 @@ class RobustGenerativeClassifier(Callback):
             loaders,
             Reader(self._attach(pl_module), **self._where),
             description=f"RobustGenerativeClassifier: {'validation' if which == 'fit' else which} data",
-            limit=lambda one: _limit(trainer, source, one),
+            limit=lambda one: batch_limit(trainer, source, one),
             labelled=labelled,
             num_classes=self.num_classes,
             seed=self.seed,
@@ -438,6 +449,7 @@ class RobustGenerativeClassifier(Callback):
         assert self.ensemble is not None
         return self.ensemble
 
+    @torch.inference_mode(False)
     def _load_from_checkpoint(self, trainer: Any) -> None:
         path = getattr(trainer, "ckpt_path", None)
         if not path:
@@ -506,83 +518,5 @@ class RobustGenerativeClassifier(Callback):
             )
 
     def _show(self, trainer: Any) -> None:
-        if self.ensemble is None or self.audit is None:
-            return
-        key = self.log_prefix
-        self.figure_paths = log_figure(trainer, f"{key}/transition", self.audit.transition_figure())
-        self.figure_paths += log_figure(trainer, f"{key}/distances", self.audit.distance_figure())
-        columns, rows = self.audit.table(_LISTED)
-        self.figure_paths += log_table(trainer, f"{key}/suspected_mislabels", columns, rows)
-        weights = dict(zip(self.ensemble.names, self.ensemble.weights.tolist(), strict=True))
-        self.figure_paths += log_table(trainer, f"{key}/layers", ["layer", "weight"], [list(w) for w in weights.items()])
-        pictured = heatmap(
-            [list(weights.values())], ["weight"], list(weights), title="Layer weights", vmin=0.0, vmax=1.0
-        )
-        self.figure_paths += log_figure(trainer, f"{key}/weights", pictured)
-        if len(next(iter(self.history.values()), [])) > 1:
-            names = {"softmax": "softmax", "accuracy": "RoG"}
-            lines = {names[n]: ([e for e, _ in s], [v for _, v in s]) for n, s in self.history.items()}
-            meter = curves(lines, title="Memorisation", x_label="epoch", y_label="agreement with validation labels")
-            self.figure_paths += log_figure(trainer, f"{key}/memorisation", meter)
-
-
-def blocks_before_classifier(module: nn.Module) -> list[str]:
-    """Return the last blocks with parameters before the last linear layer, in the order of the module.
-
-    Raises:
-        LayerNotFound: if there is no linear layer, or nothing before it.
-    """
-    layers = dict(named_layers_first(module))
-    linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
-    place = linear[-1] if linear else ""
-    while place:
-        parent, _, _ = place.rpartition(".")
-        siblings = [name for name in layers if name.rpartition(".")[0] == parent]
-        before = siblings[: siblings.index(place)]
-        blocks = [name for name in before if any(True for _ in layers[name].parameters())]
-        if blocks:
-            return blocks[-_LAST_LAYERS:]
-        place = parent
-    raise LayerNotFound(
-        f"No blocks with parameters before a final linear layer were found in {type(module).__name__}. Name them with "
-        f"layers=, as in `model.named_modules()`."
-    )
-
-
-def _is_last_epoch(trainer: Any) -> bool:
-    epochs, steps = trainer.max_epochs, trainer.max_steps
-    return bool(
-        trainer.should_stop
-        or (epochs is not None and 0 <= epochs <= trainer.current_epoch + 1)
-        or (steps is not None and 0 <= steps <= trainer.global_step)
-    )
-
-
-def _without_data(trainer: Any) -> bool:
-    return trainer.limit_train_batches == 0 or trainer.sanity_checking
-
-
-def _limit(trainer: Any, source: Any, loader: Any) -> int | None:
-    """Return how many batches the trainer allows of a loader of its own."""
-    stage = source if isinstance(source, str) else None
-    share = getattr(trainer, f"limit_{stage}_batches", None) if stage else None
-    if share is None or share == 1.0 and not isinstance(share, int):
-        return None
-    if isinstance(share, int):
-        return share or None
-    try:
-        return max(int(share * len(loader)), 1)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def _fingerprint(module: nn.Module) -> list[float]:
-    """Return sums that tell whether weights have changed, the same on every device."""
-    totals = [0.0, 0.0]
-    for _, value in sorted(module.state_dict().items()):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            wide = value.detach().cpu().double()
-            totals = [totals[0] + float(wide.sum()), totals[1] + float(wide.abs().sum())]
-    return totals
-
-
+        if self.ensemble is not None and self.audit is not None:
+            self.figure_paths = show(trainer, self.log_prefix, self.audit, self.ensemble, self.history)

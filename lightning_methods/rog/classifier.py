@@ -18,7 +18,7 @@ from lightning_methods.errors import (
     check_choice,
 )
 from lightning_methods.rog.estimators import Estimator, principal_axes, tied_estimate, total_variance, whiten
-from lightning_methods.rog.functional import check_starts, check_support_fraction
+from lightning_methods.rog.mcd import check_starts, check_support_fraction
 
 Priors = Literal["uniform", "empirical"] | Sequence[float]
 
@@ -247,7 +247,9 @@ def check_priors(priors: Any) -> None:
         return
     values = [float(p) for p in priors]
     if not values or min(values) < 0 or not all(map(math.isfinite, values)) or sum(values) <= 0:
-        raise InvalidArgument(f"priors={priors!r}: 'uniform', 'empirical' or one share of at least 0 a class is needed.")
+        raise InvalidArgument(
+            f"priors={priors!r}: 'uniform', 'empirical' or one share of at least 0 a class is needed."
+        )
 
 
 def _checked(features: Tensor, labels: Tensor, num_classes: int | None) -> tuple[Tensor, Tensor, int]:

@@ -92,10 +92,12 @@ class LayerEnsemble(nn.Module):
                 own = distance.gather(1, labels[kept].to(distance.device)[:, None])[:, 0]
                 nearest = own.argsort(stable=True)[: max(round(_KEPT * len(own)), 1)].sort().values
                 kept = kept[nearest.to(kept.device)]
-            probability = torch.stack([
-                p[kept].gather(1, labels[kept].to(p.device)[:, None])[:, 0].exp()
-                for p in self.layer_posteriors(features).values()
-            ])
+            probability = torch.stack(
+                [
+                    p[kept].gather(1, labels[kept].to(p.device)[:, None])[:, 0].exp()
+                    for p in self.layer_posteriors(features).values()
+                ]
+            )
             self.weights = _mixture_weights(probability.double().cpu()).to(self.weights)
         return self
 
@@ -146,7 +148,7 @@ def fit_ensemble(
     num_classes: int,
     *,
     validation: tuple[Features, Tensor, Tensor] | None,
-    support_fraction: float | None | Literal["auto"] = "auto",
+    support_fraction: float | Literal["auto"] | None = "auto",
     mixing: Mixing = "noisy_val",
     **settings: Any,
 ) -> Fitted:
@@ -167,14 +169,17 @@ def fit_ensemble(
     """
     names = list(features)
     tried = settings.get("estimator", "mcd") == "mcd" and support_fraction == "auto"
-    fractions = CANDIDATES if tried and validation is not None else (None if support_fraction == "auto" else support_fraction,)
+    fractions: tuple[float | None, ...] = (None if support_fraction == "auto" else support_fraction,)
+    if tried and validation is not None:
+        fractions = CANDIDATES
     best: LayerEnsemble | None = None
     chosen, right = fractions[0], torch.zeros(0)
     accuracies: dict[str, float] = {}
     for fraction in fractions:
         ensemble = LayerEnsemble(names, support_fraction=fraction, **settings).fit(features, labels, num_classes)
         if validation is None:
-            return Fitted(ensemble.learn_weights({}, labels, "last" if mixing == "last" else "uniform"), fraction, False, {})
+            ensemble.learn_weights({}, labels, "last" if mixing == "last" else "uniform")
+            return Fitted(ensemble, fraction, False, {})
         ensemble.learn_weights(validation[0], validation[1], mixing)
         agrees = (ensemble(validation[0]).argmax(1).cpu() == validation[1].cpu()).double()
         accuracies["most robust" if fraction is None else f"{fraction:g}"] = float(agrees.mean())
@@ -196,9 +201,11 @@ def _better(new: Tensor, old: Tensor) -> bool:
 
 def _mixture_weights(probability: Tensor) -> Tensor:
     """Return the weights `(L,)` for the probabilities `(L, n)` that each layer gives the labels."""
-    logits = torch.ones(len(probability), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=_RATE)
-    with torch.enable_grad():
+    # also where gradients are off, as in trainer.test
+    with torch.inference_mode(False), torch.enable_grad():
+        probability = probability.clone()
+        logits = torch.ones(len(probability), dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([logits], lr=_RATE)
         for _ in range(_EPOCHS):
             for batch in probability.split(_BATCH, dim=1):
                 loss = -(logits.softmax(0) @ batch + _TINY).log().mean()
@@ -211,5 +218,3 @@ def _layer(features: Features, name: str) -> Tensor:
     if name not in features:
         raise ShapeMismatch(f"There are no features of the layer {name!r}. {did_you_mean(name, features)}")
     return features[name]
-
-

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_methods.rog.functional import fast_mcd
+from lightning_methods.rog.mcd import fast_mcd
 
 Estimator = Literal["mcd", "official", "sample"]
 
@@ -49,10 +49,12 @@ def tied_estimate(
     chance = torch.rand(len(y), generator=generator).to(x.device, x.dtype)
     first = _tied(x, y, num_classes, _nearest(chance, y, num_classes))
     whitening = whiten(first.covariance, total_variance(x))
-    distance = torch.cat([
-        ((part - first.location[own]) @ whitening.T).square().sum(1)
-        for part, own in zip(x.split(_ROWS), y.split(_ROWS), strict=True)
-    ])
+    distance = torch.cat(
+        [
+            ((part - first.location[own]) @ whitening.T).square().sum(1)
+            for part, own in zip(x.split(_ROWS), y.split(_ROWS), strict=True)
+        ]
+    )
     return _tied(x, y, num_classes, _nearest(distance, y, num_classes))
 
 

@@ -10,8 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
-from torch.utils.data import SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_methods.core.batches import Selector, inputs_of, targets_of
@@ -345,5 +352,3 @@ def _tensors(item: Any) -> Iterator[Tensor]:
     elif isinstance(item, (tuple, list)):
         for value in item:
             yield from _tensors(value)
-
-

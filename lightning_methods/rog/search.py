@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_methods.rog.csteps import Packed, State, concentrate, estimate, squared_distances
-from lightning_methods.rog.normal import consistency_factor, inlier_bound
+from lightning_methods.rog.functional import consistency_factor, inlier_bound
 from lightning_methods.rog.starts import DETERMINISTIC, median_start, random_start
 
 Selection = Literal["robust", "determinant"]
