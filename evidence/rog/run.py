@@ -60,6 +60,7 @@ class BestEpoch(Callback):
 
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure."""
         pl_module.eval()
         parts = [pl_module(x.to(pl_module.device)).argmax(1).cpu() for x in self.x.split(2000)]
         pl_module.train()

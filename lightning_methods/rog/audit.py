@@ -52,7 +52,7 @@ class LabelAudit:
 
     @property
     def transition(self) -> Tensor:
-        """`(C, C)` estimated share of each class (row, as predicted) that bears each label; NaN for a class never predicted."""
+        """`(C, C)` share of each predicted class (row) that bears each label; NaN for a class never predicted."""
         c = self.num_classes
         pairs = torch.bincount(self.suggested * c + self.given, minlength=c * c).view(c, c).double()
         return pairs / pairs.sum(1, keepdim=True)

@@ -21,6 +21,7 @@ from lightning_methods.rog.classifier import GenerativeClassifier, check_priors
 from lightning_methods.rog.display import show
 from lightning_methods.rog.ensemble import Fitted, LayerEnsemble, Mixing, fit_ensemble
 from lightning_methods.rog.estimators import Estimator
+from lightning_methods.rog.evaluate import accuracies, log_probabilities
 from lightning_methods.rog.features import Collected, Reader, collect, in_order, mean_pool, varies
 from lightning_methods.rog.mcd import check_support_fraction
 from lightning_methods.rog.module import RobustModule
@@ -34,7 +35,6 @@ from lightning_methods.rog.surroundings import (
 
 _A_CLASS_PER_DIMENSION = 5  # samples of a class that each feature needs
 _FEWEST_DIMENSIONS = 8
-_BATCH = 4096
 
 
 class RobustGenerativeClassifier(Callback):
@@ -52,17 +52,17 @@ class RobustGenerativeClassifier(Callback):
     `predict` another pass classifies the same data; without an earlier fit, the training data are read then. What was
     fitted goes into checkpoints: `trainer.test(ckpt_path=...)` needs no training data.
 
-    Logs, for the stages `fit` (on the validation split), `val` and `test`: `rog/<stage>/softmax`, `rog/<stage>/accuracy`
-    (of the ensemble) and `rog/<stage>/layer/<layer>` beside each other; `rog/weight/<layer>`, `rog/noise_rate` and, where
-    the dataset knows `true_targets`, `rog/suspects_precision` and `rog/suspects_recall`; as figures the transition
-    matrix of the labels, distances and layers; as tables the suspected mislabels and the layers. `audit`, `ensemble`,
-    `predictions` (log-probabilities, after `trainer.predict`) and `history` hold them.
+    Logs, for the stages `fit` (on the validation split), `val` and `test`: `rog/<stage>/softmax`,
+    `rog/<stage>/accuracy` (of the ensemble) and `rog/<stage>/layer/<layer>` beside each other; `rog/weight/<layer>`,
+    `rog/noise_rate` and, where the dataset knows `true_targets`, `rog/suspects_precision` and `rog/suspects_recall`; as
+    figures the transition matrix of the labels, distances and layers; as tables the suspected mislabels and the layers.
+    `audit`, `ensemble`, `predictions` (log-probabilities, after `trainer.predict`) and `history` hold them.
 
     Args:
         layers: names or patterns; `None` takes up to four blocks before the classifier, and says which.
         estimator: `"mcd"`, `"official"` or `"sample"`, see `GenerativeClassifier`.
-        support_fraction: `None` for the most robust support (the paper), a share from 0.5 to 1, or `"auto"`, which tries
-            several on the validation split, and the softmax itself.
+        support_fraction: `None` for the most robust support (the paper), a share from 0.5 to 1, or `"auto"`, which
+            tries several on the validation split, and the softmax itself.
         ensemble: `"noisy_val"` learns the weights on the half of the validation split that fits its labels best,
             `"clean_val"` on all of it; `"uniform"` or `"last"` without one.
         priors: `"uniform"`, `"empirical"` or a probability for each class.
@@ -241,7 +241,7 @@ class RobustGenerativeClassifier(Callback):
         """Keep the log-probabilities of the data of `trainer.predict` in `predictions`."""
         ensemble = self._ready(trainer, pl_module)
         found = self._collect(trainer, pl_module, "predict", labelled=False)
-        self.predictions = self._log_probabilities(ensemble, found)
+        self.predictions = log_probabilities(ensemble, found)
         self._detach()
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,9 +285,10 @@ class RobustGenerativeClassifier(Callback):
             )
         if training.dropped:
             rank_zero_warn(f"{training.dropped} training samples have no label from 0 to C - 1 and are left out.")
-        if int(training.labels.unique().numel()) < 2:
+        classes = int(training.labels.unique().numel())
+        if classes < 2:
             raise InvalidArgument(
-                f"The training data that were read hold {int(training.labels.unique().numel())} class(es); at least two "
+                f"The training data that were read hold {classes} class(es); at least two "
                 f"are needed. Raise limit_train_batches, or pass train= a dataloader of your own."
             )
         validation = self._validation(trainer, pl_module)
@@ -300,7 +301,7 @@ class RobustGenerativeClassifier(Callback):
         values = {f"weight/{n}": float(w) for n, w in zip(fitted.ensemble.names, fitted.ensemble.weights, strict=True)}
         values |= {"noise_rate": self.audit.noise_rate, **self.audit.quality()}
         if validation is not None:
-            values |= {f"fit/{name}": value for name, value in self._accuracies(validation).items()}
+            values |= {f"fit/{name}": value for name, value in accuracies(fitted.ensemble, validation).items()}
             self._say_whether_it_helps(values)
         return values
 
@@ -441,9 +442,9 @@ class RobustGenerativeClassifier(Callback):
                 self.fit(trainer, pl_module)
             except UnsupportedTraining as error:
                 raise UnsupportedTraining(
-                    "RobustGenerativeClassifier was not fitted to the weights of this module, and there are no training "
-                    "data to do it now. Pass a datamodule or train= a dataloader, or ckpt_path= a checkpoint that was "
-                    "saved with the callback."
+                    "RobustGenerativeClassifier was not fitted to the weights of this module, and there are no "
+                    "training data to do it now. Pass a datamodule or train= a dataloader, or ckpt_path= a "
+                    "checkpoint that was saved with the callback."
                 ) from error
         self._attach(pl_module)
         assert self.ensemble is not None
@@ -460,34 +461,15 @@ class RobustGenerativeClassifier(Callback):
             self.load_state_dict(state)
 
     def _evaluate(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._ready(trainer, pl_module)
+        ensemble = self._ready(trainer, pl_module)
         loaders = loaders_of(trainer, stage)
         for number, loader in enumerate(loaders):
             found = self._collect(trainer, pl_module, stage, loader=[loader] if len(loaders) > 1 else None)
             if not len(found.labels):
                 continue
             suffix = f"/dataloader_{number}" if len(loaders) > 1 else ""
-            for name, value in self._accuracies(found).items():
+            for name, value in accuracies(ensemble, found).items():
                 pl_module.log(f"{self.log_prefix}/{stage}/{name}{suffix}", value, batch_size=len(found.labels))
-
-    def _accuracies(self, found: Collected) -> dict[str, float]:
-        """Return the share of right predictions by the softmax, the ensemble and each layer."""
-        assert self.ensemble is not None
-        right = {"softmax": found.predicted == found.labels}
-        right["accuracy"] = self._log_probabilities(self.ensemble, found).argmax(1) == found.labels
-        for name, classifier in self.ensemble.by_layer().items():
-            x = found.features[name]
-            parts = [classifier(part.to(classifier.weight.device)).argmax(1).cpu() for part in x.split(_BATCH)]
-            right[f"layer/{name}"] = torch.cat(parts) == found.labels
-        return {name: float(hit.double().mean()) for name, hit in right.items()}
-
-    @staticmethod
-    def _log_probabilities(ensemble: LayerEnsemble, found: Collected) -> Tensor:
-        device, parts = ensemble.weights.device, []
-        for start in range(0, len(found.index), _BATCH):
-            own = slice(start, start + _BATCH)
-            parts.append(ensemble({name: x[own].to(device) for name, x in found.features.items()}).cpu())
-        return torch.cat(parts) if parts else torch.zeros(0, ensemble.num_classes, dtype=torch.float64)
 
     def _tell_outliers(self, trainer: Any, pl_module: Any) -> None:
         ensemble = self._ready(trainer, pl_module)

@@ -130,10 +130,11 @@ class GenerativeClassifier(nn.Module):
         known = y >= 0
         x, y = x[known], y[known]
         sizes = torch.bincount(y, minlength=count)
-        if int((sizes > 0).sum()) < 2:
+        present = int((sizes > 0).sum())
+        if present < 2:
             raise InvalidArgument(
-                f"The labels are of {int((sizes > 0).sum())} class; at least two are needed. Is the data sorted by class, and a "
-                f"limit cuts it?"
+                f"The labels are of {present} class; at least two are needed. Is the data sorted by class, and a limit "
+                f"cuts it?"
             )
         if isinstance(self.priors, Sequence) and not isinstance(self.priors, str) and len(self.priors) != count:
             raise InvalidArgument(f"priors has {len(self.priors)} probabilities for {count} classes.")

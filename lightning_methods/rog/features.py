@@ -78,7 +78,7 @@ def in_order(loader: Any) -> tuple[Any, Tensor | None]:
 
     A loader whose samples cannot be chosen is returned as it is, with `None`.
     """
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) or not _sized(dataset):
         return loader, None
     sampler = loader.sampler
@@ -270,7 +270,8 @@ class _Reservoir:
         if world_size() > 1:
             table, seen = _gathered(table, seen, device)
         if not table:
-            return Collected({}, *(torch.zeros(0, dtype=torch.int64) for _ in range(4)), 0, 0, 0)
+            empty = torch.zeros(0, dtype=torch.int64)
+            return Collected({}, empty, empty, empty, empty, 0, 0, 0)
         dropped = 0
         if not keep_unlabelled:
             known = table["labels"] >= 0
@@ -293,8 +294,8 @@ class _Reservoir:
         first = self.rows[name][0] if name in self.rows else value
         if first.shape[1:] != value.shape[1:]:
             raise ShapeMismatch(
-                f"The layer {name[2:]!r} gave {value.shape[1]} features per sample, and {first.shape[1]} before. Inputs "
-                f"of one size are needed, or pool='mean'."
+                f"The layer {name[2:]!r} gave {value.shape[1]} features per sample, and {first.shape[1]} before. "
+                f"Inputs of one size are needed, or pool='mean'."
             )
 
 
@@ -323,7 +324,7 @@ def _gathered(table: dict[str, Tensor], seen: int, device: torch.device) -> tupl
 
     described: list[Any] = [None] * world_size()
     dist.all_gather_object(described, ({k: (tuple(v.shape[1:]), v.dtype) for k, v in table.items()}, seen))
-    names = next((shapes for shapes, _ in described if shapes), {})
+    names: dict[str, Any] = next((shapes for shapes, _ in described if shapes), {})
     joined = {}
     for name, (shape, dtype) in names.items():
         own = table.get(name, torch.zeros(0, *shape, dtype=dtype))

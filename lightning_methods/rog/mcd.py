@@ -128,7 +128,8 @@ def _check_settings(
     max_bytes: int,
 ) -> None:
     check_choice("selection", selection, ("robust", "determinant"))
-    check_choice("dtype", dtype, (torch.float64, torch.float32))
+    if dtype not in (torch.float64, torch.float32):
+        raise InvalidArgument(f"dtype={dtype}: torch.float64 or torch.float32 is needed.")
     check_support_fraction(support_fraction)
     check_starts(starts)
     if max_steps < 1 or max_bytes < 1:

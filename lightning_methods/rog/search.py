@@ -189,7 +189,7 @@ class Search:
         if self.settings.reweight:
             trimmed = packed.h < packed.real.sum(1)
             final = estimate(packed, inside, best.added)
-            factor = torch.where(trimmed, consistency_factor(_QUANTILE, self.dim), 1.0).to(factor)
+            factor = torch.where(trimmed, torch.tensor(consistency_factor(_QUANTILE, self.dim)), 1.0).to(factor)
             squared = squared_distances(packed, final)
         if not self.settings.consistency:
             factor = torch.ones_like(factor)
