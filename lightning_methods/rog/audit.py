@@ -146,6 +146,11 @@ def true_labels(dataset: Any) -> Tensor | None:
     return None
 
 
+def true_labels_of(loaders: list[Any]) -> Tensor | None:
+    """Return the labels before any noise of the data of a single loader, if they are known."""
+    return true_labels(getattr(loaders[0], "dataset", None)) if len(loaders) == 1 else None
+
+
 def write_audit(found: LabelAudit, folder: Path) -> list[Path]:
     """Write the suspected labels and the transition as CSV, and both figures; return the files."""
     import csv

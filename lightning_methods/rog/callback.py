@@ -16,7 +16,7 @@ from lightning_methods.core.passes import loaders_of
 from lightning_methods.core.progress import phase
 from lightning_methods.core.taps import FeatureTaps, Pool
 from lightning_methods.errors import InvalidArgument, NoEffect, UnsupportedTraining, check_choice
-from lightning_methods.rog.audit import LabelAudit, audit, true_labels
+from lightning_methods.rog.audit import LabelAudit, audit, true_labels_of
 from lightning_methods.rog.classifier import GenerativeClassifier, check_priors
 from lightning_methods.rog.display import show
 from lightning_methods.rog.ensemble import Fitted, LayerEnsemble, Mixing, fit_ensemble
@@ -297,7 +297,7 @@ class RobustGenerativeClassifier(Callback):
         self.ensemble = fitted.ensemble
         self.chosen_fraction, self.prefers_softmax = fitted.support_fraction, fitted.prefers_softmax
         self._weights_seen = fingerprint(pl_module)
-        self.audit = audit(fitted.ensemble, training, self._true_labels(trainer))
+        self.audit = audit(fitted.ensemble, training, true_labels_of(loaders_of(trainer, self.train)))
         values = {f"weight/{n}": float(w) for n, w in zip(fitted.ensemble.names, fitted.ensemble.weights, strict=True)}
         values |= {"noise_rate": self.audit.noise_rate, **self.audit.quality()}
         if validation is not None:
@@ -368,8 +368,7 @@ class RobustGenerativeClassifier(Callback):
         self, trainer: Any, pl_module: Any, which: str, *, labelled: bool = True, loader: Any = None
     ) -> Collected:
         source = {"train": self.train, "fit": self.validation}.get(which, which) if loader is None else loader
-        loaders = loaders_of(trainer, source)
-        bounds: dict[str, Any] = {}
+        loaders, bounds = loaders_of(trainer, source), {}
         if which == "train":
             bounds = {"max_per_class": self.max_per_class, "max_bytes": self.max_feature_bytes}
             self._look_at(loaders)
@@ -486,10 +485,6 @@ class RobustGenerativeClassifier(Callback):
             order = torch.cat([a, b]).double().unique(return_inverse=True)[1].double()
             value = binary_auroc(order / order.max().clamp(min=1), label)
             pl_module.log(f"{self.log_prefix}/test/{name}", value.float(), batch_size=len(label))
-
-    def _true_labels(self, trainer: Any) -> Tensor | None:
-        loaders = loaders_of(trainer, self.train)
-        return true_labels(getattr(loaders[0], "dataset", None)) if len(loaders) == 1 else None
 
     def _say_whether_it_helps(self, values: dict[str, float]) -> None:
         if self.prefers_softmax or values["fit/accuracy"] < values["fit/softmax"]:
