@@ -117,10 +117,7 @@ def varies(dataset: Any) -> bool:
             random.seed(attempt)
             seen.append(list(_tensors(dataset[0])))
     first = seen[0]
-    return any(
-        len(other) == len(first) and any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
-        for other in seen[1:]
-    )
+    return any(len(other) == len(first) and not all(map(_same, first, other)) for other in seen[1:])
 
 
 def collect(
@@ -338,6 +335,10 @@ def _gathered(table: dict[str, Tensor], seen: int, device: torch.device) -> tupl
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32, copy=True)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
 
 
 def _sized(dataset: Any) -> bool:

@@ -18,6 +18,7 @@ from lightning_methods import Classifier, DigitsDataModule, NoisyLabels, RobustG
 from lightning_methods.errors import InvalidArgument, LayerNotFound, UnsupportedTraining
 from lightning_methods.models import MLP
 from lightning_methods.rog import write_audit
+from lightning_methods.rog.features import varies
 from lightning_methods.rog.surroundings import blocks_before_classifier
 from tests.support.training import FEATURES, TinyModule, fingerprint, fit, loader, quiet_trainer
 
@@ -106,7 +107,7 @@ def test_without_a_fit_or_training_data(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedTraining, match="fit"):
         rog.deploy(TinyModule())
     with pytest.raises(UnsupportedTraining, match="ckpt_path"):
-        quiet_trainer(tmp_path, callbacks=[rog]).predict(TinyModule(), loader())
+        quiet_trainer(tmp_path, callbacks=[rog]).predict(TinyModule(), DataLoader(torch.randn(16, FEATURES), 8))
 
 
 @pytest.mark.parametrize("estimator", ["mcd", "official", "sample"])
@@ -121,6 +122,18 @@ def test_training_stays_the_same_bit_for_bit(estimator: Any, tmp_path: Path) -> 
         ends.append(module.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     assert [epoch for epoch, _ in callbacks[0].history["softmax"]] == [0, 1]
+
+
+def test_augmentation_is_told_from_samples_that_stay() -> None:
+    class Shaken(TensorDataset):
+        def __getitem__(self, index: Any) -> Any:
+            x, y = super().__getitem__(index)
+            return x + torch.rand(1), y
+
+    x, y = torch.randn(4, 3), torch.arange(4)
+    assert varies(Shaken(x, y))
+    assert not varies(TensorDataset(x, y))
+    assert not varies(TensorDataset(torch.full((4, 3), torch.nan), y))
 
 
 def test_no_bad_features_pass(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -87,7 +88,7 @@ def test_no_step_raises_the_determinant(seed: int) -> None:
     for _ in range(12):
         state = c_step(cloud, state)
         logdets.append(float(state.logdet))
-    assert all(b <= a + 1e-9 for a, b in zip(logdets, logdets[1:], strict=False))
+    assert all(b <= a + 1e-9 for a, b in pairwise(logdets))
     assert logdets[-1] < logdets[0]
 
 
