@@ -4,7 +4,7 @@ python evidence/rog/run.py --data digits --seeds 10 11 12 13 14       some ten m
 python evidence/rog/run.py --data mnist                               some twenty; MNIST under ./data
 python evidence/rog/run.py --data cifar10 --device gpu                the paper's data, a residual network
 
-Writes `results/<data>.json` after every training and prints the tables of README.md; with `--show` only the tables.
+Writes `results/<data>.json` after every training and prints tables; with `--show` only the tables.
 """
 
 from __future__ import annotations
