@@ -24,6 +24,8 @@ _EXPORTS = {
     "ScatteringClassifier": "geometric_scattering",
     "ScatteringEncoder": "geometric_scattering",
     "ScatteringSVM": "geometric_scattering",
+    "RobustGenerativeClassifier": "rog",
+    "GenerativeClassifier": "rog",
     "DigitsDataModule": "data",
     "MNISTDataModule": "data",
     "CIFAR10DataModule": "data",
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
     from lightning_methods.geometric_scattering import ScatteringEncoder as ScatteringEncoder
     from lightning_methods.geometric_scattering import ScatteringSVM as ScatteringSVM
     from lightning_methods.models import Classifier as Classifier
+    from lightning_methods.rog import GenerativeClassifier as GenerativeClassifier
+    from lightning_methods.rog import RobustGenerativeClassifier as RobustGenerativeClassifier
     from lightning_methods.snnl import DeepKNN as DeepKNN
     from lightning_methods.snnl import Entanglement as Entanglement
     from lightning_methods.snnl import SoftNearestNeighborLoss as SoftNearestNeighborLoss

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_methods.cka import RepresentationSimilarity
 from lightning_methods.errors import UnsupportedTraining
+from lightning_methods.rog import RobustGenerativeClassifier
 from lightning_methods.snnl import DeepKNN, Entanglement, SoftNearestNeighborLoss
 from lightning_methods.snnl.functional import feature_rows, soft_nearest_neighbor_loss
 from lightning_methods.snnl.temperature import median_temperature, paper_temperature_step
@@ -171,5 +172,15 @@ RECIPES = [
         figures=("cka/heatmap", "cka/curves"),
         tables=("cka/pairs", "cka/layers"),
         local=True,
+    ),
+    Recipe(
+        "rog",
+        "rog",
+        "`RobustGenerativeClassifier`",
+        callbacks=lambda: [RobustGenerativeClassifier(["first", "second"], every_n_epochs=1)],
+        probe=True,
+        scalars=("rog/fit/accuracy", "rog/fit/softmax", "rog/weight/first", "rog/noise_rate"),
+        figures=("rog/transition", "rog/distances", "rog/weights", "rog/memorisation"),
+        tables=("rog/suspected_mislabels", "rog/layers"),
     ),
 ]
