@@ -31,7 +31,7 @@ def main() -> None:
     distances = class_subspaces(z_scores(features), data.labels).distances
     figure = heatmap(distances, title="Distance of the classes (rows) to their subspaces")
     written = log_figure(trainer, "scattering/classes", figure)
-    written += log_table(trainer, "scattering/distances", ["random", "scale free", "blocks", "ring"], distances.tolist())
+    written += log_table(trainer, "scattering/distances", ["random", "hubs", "blocks", "ring"], distances.tolist())
     print(*written, sep="\n")
 
 
