@@ -25,11 +25,21 @@ _EXPORTS = {
     "DualDropout2d": "augmented_dropout",
     "DualDropout3d": "augmented_dropout",
     "DualAlphaDropout": "augmented_dropout",
+    "ClusteringCoefficient": "geometric_scattering",
+    "Eccentricity": "geometric_scattering",
+    "GeometricScattering": "geometric_scattering",
+    "ScatteringClassifier": "geometric_scattering",
+    "ScatteringEncoder": "geometric_scattering",
+    "ScatteringSVM": "geometric_scattering",
+    "RobustGenerativeClassifier": "rog",
+    "GenerativeClassifier": "rog",
     "DigitsDataModule": "data",
     "MNISTDataModule": "data",
     "CIFAR10DataModule": "data",
     "ImageFolderDataModule": "data",
     "NoisyLabels": "data",
+    "RandomGraphsDataModule": "data",
+    "TUGraphDataModule": "data",
     "ImbalancedSubset": "data",
     "Classifier": "models",
     "LoggerSaveConfig": "cli.save_config",
@@ -55,7 +65,17 @@ if TYPE_CHECKING:
     from lightning_methods.data import ImbalancedSubset as ImbalancedSubset
     from lightning_methods.data import MNISTDataModule as MNISTDataModule
     from lightning_methods.data import NoisyLabels as NoisyLabels
+    from lightning_methods.data import RandomGraphsDataModule as RandomGraphsDataModule
+    from lightning_methods.data import TUGraphDataModule as TUGraphDataModule
+    from lightning_methods.geometric_scattering import ClusteringCoefficient as ClusteringCoefficient
+    from lightning_methods.geometric_scattering import Eccentricity as Eccentricity
+    from lightning_methods.geometric_scattering import GeometricScattering as GeometricScattering
+    from lightning_methods.geometric_scattering import ScatteringClassifier as ScatteringClassifier
+    from lightning_methods.geometric_scattering import ScatteringEncoder as ScatteringEncoder
+    from lightning_methods.geometric_scattering import ScatteringSVM as ScatteringSVM
     from lightning_methods.models import Classifier as Classifier
+    from lightning_methods.rog import GenerativeClassifier as GenerativeClassifier
+    from lightning_methods.rog import RobustGenerativeClassifier as RobustGenerativeClassifier
     from lightning_methods.snnl import DeepKNN as DeepKNN
     from lightning_methods.snnl import Entanglement as Entanglement
     from lightning_methods.snnl import SoftNearestNeighborLoss as SoftNearestNeighborLoss

@@ -1,6 +1,6 @@
 """Write the tables and figures of README.md from the runs in `results`.
 
-    python evidence/augmented_dropout/report.py
+python evidence/augmented_dropout/report.py
 """
 
 from __future__ import annotations
@@ -177,7 +177,9 @@ def curves_figure(grids: dict[str, Grid]) -> Figure:
             axes.plot(rates, bands[:, 0], color=colors[family], marker="o", markersize=3.5, label=family)
             axes.fill_between(rates, bands[:, 1], bands[:, 2], color=colors[family], alpha=0.15, linewidth=0)
         axes.set_xlim(0.15, 0.85)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8.5
+    )
     return figure
 
 
@@ -186,15 +188,18 @@ def section(name: str, grid: Grid) -> str:
     often: Callable[[str], str] = lambda family: ", ".join(  # noqa: E731
         f"{p:g}/{q:g} ({n})"
         for (p, q), n in sorted(
-            ((grid.cells[c], int(n)) for c, n in zip(*np.unique(chosen(grid, grid.of(family)), return_counts=True), strict=True)),
+            (
+                (grid.cells[c], int(n))
+                for c, n in zip(*np.unique(chosen(grid, grid.of(family)), return_counts=True), strict=True)
+            ),
             key=lambda item: -item[1],
         )
     )
     return "\n\n".join(
         [
             f"## {TITLES[name]}",
-            f"{len(grid.seeds)} seeds, {len(grid.cells)} pairs of rates each, {minutes:.0f} minutes of one thread. Rates "
-            "chosen for each seed by its validation error:",
+            f"{len(grid.seeds)} seeds, {len(grid.cells)} pairs of rates each, {minutes:.0f} minutes of one thread. "
+            "Rates chosen for each seed by its validation error:",
             choice_table(grid),
             f"Chosen how often (forward/backward): standard {often('standard')}; augmented {often('augmented')}.",
             "Test error % of every pair, mean ± standard deviation over the seeds:",

@@ -17,7 +17,12 @@ CONFIG = {
     "trainer": {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 1, "accelerator": "cpu"},
     "model": {
         "class_path": "Classifier",
-        "init_args": {"net": {"class_path": "lightning_methods.models.MLP", "init_args": {"in_features": 64, "hidden": [16], "dropout": 0.5}}},
+        "init_args": {
+            "net": {
+                "class_path": "lightning_methods.models.MLP",
+                "init_args": {"in_features": 64, "hidden": [16], "dropout": 0.5},
+            }
+        },
     },
     "data": {"class_path": "DigitsDataModule", "init_args": {"flat": True}},
 }

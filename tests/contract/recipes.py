@@ -21,6 +21,7 @@ from lightning_methods.augmented_dropout import (
 from lightning_methods.augmented_dropout.schedules import progress_of
 from lightning_methods.cka import RepresentationSimilarity
 from lightning_methods.errors import UnsupportedTraining
+from lightning_methods.rog import RobustGenerativeClassifier
 from lightning_methods.snnl import DeepKNN, Entanglement, SoftNearestNeighborLoss
 from lightning_methods.snnl.functional import feature_rows, soft_nearest_neighbor_loss
 from lightning_methods.snnl.temperature import median_temperature, paper_temperature_step
@@ -73,7 +74,9 @@ class SafeByHand(TinyModule):
         for name in ("first", "second"):
             h = feature_rows(layers[name])  # half precision is cast once, for the loss and for its temperature
             terms.append(-0.03 * soft_nearest_neighbor_loss(h, y, median_temperature(h)))
-        return self.own_loss(layers["head"], y) + (terms[0] + terms[1])
+        loss = self.own_loss(layers["head"], y)
+        most, size = 0.1 * loss.detach().float(), -(terms[0] + terms[1]).detach()
+        return loss + (terms[0] + terms[1]) * (most / size if size > most else 1.0)
 
 
 class PaperByHand(TinyModule):
@@ -302,5 +305,15 @@ RECIPES = [
         "`DualDropout`, 1d to 3d, `DualAlphaDropout`",
         module=DualModule,
         reference=ErrorsByHand,
+    ),
+    Recipe(
+        "rog",
+        "rog",
+        "`RobustGenerativeClassifier`",
+        callbacks=lambda: [RobustGenerativeClassifier(["first", "second"], every_n_epochs=1)],
+        probe=True,
+        scalars=("rog/fit/accuracy", "rog/fit/softmax", "rog/weight/first", "rog/noise_rate"),
+        figures=("rog/transition", "rog/distances", "rog/weights", "rog/memorisation"),
+        tables=("rog/suspected_mislabels", "rog/layers"),
     ),
 ]
