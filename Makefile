@@ -49,6 +49,7 @@ lint: $(READY)
 bench: $(READY)
 	$(RUN) benchmarks/snnl.py
 	$(RUN) benchmarks/cka.py
+	$(RUN) benchmarks/augmented_dropout.py
 
 # write the compatibility matrix of the README and the cards from the results of the contract tests
 matrix: $(READY)

@@ -3,7 +3,7 @@
     python benchmarks/cka.py --markdown benchmarks/results/cka_cpu.md
     python benchmarks/cka.py --device cuda --markdown benchmarks/results/cka_cuda.md
 
-The peer is `pip install --no-deps torch_cka`; without it its rows are left out. Features are made once, so that no
+The peer is torch_cka, of the `bench` extra; without it its rows are left out. Features are made once, so that no
 forward pass is timed. Limits are reported as ok or missed; nothing fails.
 """
 

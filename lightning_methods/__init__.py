@@ -25,11 +25,28 @@ _EXPORTS = {
     "LDAMLoss": "importance_weighting",
     "LogitAdjustedLoss": "importance_weighting",
     "DistributedWeightedSampler": "importance_weighting",
+    "AugmentedDropout": "augmented_dropout",
+    "DropoutSchedule": "augmented_dropout",
+    "DualDropout": "augmented_dropout",
+    "DualDropout1d": "augmented_dropout",
+    "DualDropout2d": "augmented_dropout",
+    "DualDropout3d": "augmented_dropout",
+    "DualAlphaDropout": "augmented_dropout",
+    "ClusteringCoefficient": "geometric_scattering",
+    "Eccentricity": "geometric_scattering",
+    "GeometricScattering": "geometric_scattering",
+    "ScatteringClassifier": "geometric_scattering",
+    "ScatteringEncoder": "geometric_scattering",
+    "ScatteringSVM": "geometric_scattering",
+    "RobustGenerativeClassifier": "rog",
+    "GenerativeClassifier": "rog",
     "DigitsDataModule": "data",
     "MNISTDataModule": "data",
     "CIFAR10DataModule": "data",
     "ImageFolderDataModule": "data",
     "NoisyLabels": "data",
+    "RandomGraphsDataModule": "data",
+    "TUGraphDataModule": "data",
     "ImbalancedSubset": "data",
     "Classifier": "models",
     "LoggerSaveConfig": "cli.save_config",
@@ -38,6 +55,13 @@ _EXPORTS = {
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
+    from lightning_methods.augmented_dropout import AugmentedDropout as AugmentedDropout
+    from lightning_methods.augmented_dropout import DropoutSchedule as DropoutSchedule
+    from lightning_methods.augmented_dropout import DualAlphaDropout as DualAlphaDropout
+    from lightning_methods.augmented_dropout import DualDropout as DualDropout
+    from lightning_methods.augmented_dropout import DualDropout1d as DualDropout1d
+    from lightning_methods.augmented_dropout import DualDropout2d as DualDropout2d
+    from lightning_methods.augmented_dropout import DualDropout3d as DualDropout3d
     from lightning_methods.cka import MinibatchCKA as MinibatchCKA
     from lightning_methods.cka import RepresentationSimilarity as RepresentationSimilarity
     from lightning_methods.cka import StreamingCKA as StreamingCKA
@@ -48,6 +72,14 @@ if TYPE_CHECKING:
     from lightning_methods.data import ImbalancedSubset as ImbalancedSubset
     from lightning_methods.data import MNISTDataModule as MNISTDataModule
     from lightning_methods.data import NoisyLabels as NoisyLabels
+    from lightning_methods.data import RandomGraphsDataModule as RandomGraphsDataModule
+    from lightning_methods.data import TUGraphDataModule as TUGraphDataModule
+    from lightning_methods.geometric_scattering import ClusteringCoefficient as ClusteringCoefficient
+    from lightning_methods.geometric_scattering import Eccentricity as Eccentricity
+    from lightning_methods.geometric_scattering import GeometricScattering as GeometricScattering
+    from lightning_methods.geometric_scattering import ScatteringClassifier as ScatteringClassifier
+    from lightning_methods.geometric_scattering import ScatteringEncoder as ScatteringEncoder
+    from lightning_methods.geometric_scattering import ScatteringSVM as ScatteringSVM
     from lightning_methods.importance_weighting import DistributedWeightedSampler as DistributedWeightedSampler
     from lightning_methods.importance_weighting import ImportanceWeighting as ImportanceWeighting
     from lightning_methods.importance_weighting import LDAMLoss as LDAMLoss
@@ -56,6 +88,8 @@ if TYPE_CHECKING:
     from lightning_methods.importance_weighting import VSLoss as VSLoss
     from lightning_methods.importance_weighting import WeightEffectMonitor as WeightEffectMonitor
     from lightning_methods.models import Classifier as Classifier
+    from lightning_methods.rog import GenerativeClassifier as GenerativeClassifier
+    from lightning_methods.rog import RobustGenerativeClassifier as RobustGenerativeClassifier
     from lightning_methods.snnl import DeepKNN as DeepKNN
     from lightning_methods.snnl import Entanglement as Entanglement
     from lightning_methods.snnl import SoftNearestNeighborLoss as SoftNearestNeighborLoss

@@ -2,6 +2,8 @@
 
 python evidence/cka/run.py --data digits                     some three minutes of CPU time
 python evidence/cka/run.py --data cifar10 --device gpu       the paper's data; downloads it to ./data
+python evidence/cka/run.py --data cifar10 --folder data/cifar10 --networks 8 --train-size 10000 --epochs 6 \\
+    --samples 400 --seeds 1 --parts identification to_initialisation       at a size for a CPU, on its JPEG copy
 
 Writes `results/<data>.json` and the figures beside this file, and prints the tables of README.md.
 """
@@ -16,14 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.utils.data import DataLoader, Subset
 
-from lightning_methods import CIFAR10DataModule, Classifier, DigitsDataModule, RepresentationSimilarity
+from lightning_methods import (
+    CIFAR10DataModule,
+    Classifier,
+    DigitsDataModule,
+    ImageFolderDataModule,
+    RepresentationSimilarity,
+)
 from lightning_methods.cka import similarity_matrix
 from lightning_methods.cka.identification import decisions
 from lightning_methods.core.taps import FeatureTaps
+from lightning_methods.data.images import collate
 from lightning_methods.errors import LightningMethodsWarning
 from lightning_methods.report import curves, heatmap
 
@@ -68,10 +78,13 @@ class Plain(nn.Sequential):
         self.logits = nn.Linear(channels, 10)
 
 
-def data_of(args: argparse.Namespace) -> Any:
+def data_of(args: argparse.Namespace) -> LightningDataModule:
     if args.data == "digits":
         return DigitsDataModule(val_fraction=0.0, test_fraction=0.2)
-    return CIFAR10DataModule(root="data", download=True, batch_size=128, augment=True)
+    given: dict[str, Any] = {"batch_size": 128, "augment": True, "train_size": args.train_size, "val_fraction": 0.0}
+    if args.folder:
+        return ImageFolderDataModule(args.folder, image_size=32, in_memory=True, **given)
+    return CIFAR10DataModule(root="data", download=True, **given)
 
 
 def train(args: argparse.Namespace, seed: int, *callbacks: Any, depth: int = 1) -> tuple[Classifier, float]:
@@ -93,18 +106,16 @@ def train(args: argparse.Namespace, seed: int, *callbacks: Any, depth: int = 1) 
         enable_model_summary=False,
         **quiet,
     )
-    data = data_of(args)
-    trainer.fit(module, data)
-    (result,) = trainer.test(module, data, verbose=False)
+    trainer.fit(module, args.datamodule)
+    (result,) = trainer.test(module, args.datamodule, verbose=False)
     return module, float(result["test/accuracy"])
 
 
-def probe_of(args: argparse.Namespace) -> Tensor:
-    """Return the first test images."""
-    data = data_of(args)
-    data.prepare_data()
-    data.setup("test")
-    return torch.cat([batch[0] for batch in data.test_dataloader()])[: args.samples]
+def probe_of(args: argparse.Namespace) -> DataLoader:
+    """Return test images, evenly spread: a folder of images lists them class by class."""
+    data = args.datamodule.test_dataset
+    chosen = range(0, len(data), len(data) // args.samples)[: args.samples]
+    return DataLoader(Subset(data, chosen), batch_size=200, collate_fn=collate)
 
 
 @torch.no_grad()
@@ -155,11 +166,11 @@ def identification(args: argparse.Namespace, images: Tensor) -> dict[str, Any]:
     return results
 
 
-def to_initialisation(args: argparse.Namespace) -> dict[str, Any]:
+def to_initialisation(args: argparse.Namespace, _: Tensor) -> dict[str, Any]:
     histories = []
     for seed in range(args.seeds):
         similarity = RepresentationSimilarity(
-            [*HIDDEN, "net.logits"], compare="init", data=_images_loader(args), max_samples=args.samples
+            [*HIDDEN, "net.logits"], compare="init", data=args.probe, max_samples=args.samples
         )
         train(args, seed, similarity)
         histories.append(similarity.history)
@@ -170,7 +181,7 @@ def to_initialisation(args: argparse.Namespace) -> dict[str, Any]:
     }
     figure = curves(
         {layer: ([0, *epochs], [1.0, *values]) for layer, values in means.items()},
-        title=f"Similarity of each layer to its initialisation, mean of {args.seeds} seeds",
+        title=f"Similarity of each layer to its initialisation, {_mean_of(args.seeds)}",
         x_label="epoch",
         y_label="linear CKA, debiased",
     )
@@ -178,11 +189,8 @@ def to_initialisation(args: argparse.Namespace) -> dict[str, Any]:
     return {"epochs": epochs, "means": means, "seeds": args.seeds}
 
 
-def _images_loader(args: argparse.Namespace) -> Any:
-    data = data_of(args)
-    data.prepare_data()
-    data.setup("test")
-    return data.test_dataloader()
+def _mean_of(seeds: int) -> str:
+    return f"mean of {seeds} seeds" if seeds > 1 else "one seed"
 
 
 def depths(args: argparse.Namespace, images: Tensor) -> dict[str, Any]:
@@ -200,7 +208,7 @@ def depths(args: argparse.Namespace, images: Tensor) -> dict[str, Any]:
             mean,
             names,
             names,
-            title=f"A plain network at {depth}x depth, mean of {args.seeds} seeds",
+            title=f"A plain network at {depth}x depth, {_mean_of(args.seeds)}",
             value_label="linear CKA, debiased",
             vmin=0.0,
             vmax=1.0,
@@ -226,17 +234,26 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3, help="of the two other measurements")
     parser.add_argument("--epochs", type=int, help="default 8 on digits, 60 on CIFAR-10")
     parser.add_argument("--samples", type=int, help="default 200 on digits, 2000 on CIFAR-10")
-    arguments = parser.parse_args()
-    on_digits = arguments.data == "digits"
-    arguments.epochs = arguments.epochs or (8 if on_digits else 60)
-    arguments.samples = arguments.samples or (200 if on_digits else 2000)
-    arguments.torch_device = "cuda" if arguments.device in ("gpu", "cuda") else "cpu"
-    arguments.sgd = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
+    parser.add_argument("--folder", help="CIFAR-10 as folders of images, <folder>/{train,test}/<class>/*")
+    parser.add_argument("--train-size", type=int, help="of CIFAR-10; default all")
+    parts = {"identification": identification, "depth": depths, "to_initialisation": to_initialisation}
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="default all")
+    args = parser.parse_args()
+    on_digits = args.data == "digits"
+    args.epochs = args.epochs or (8 if on_digits else 60)
+    args.samples = args.samples or (200 if on_digits else 2000)
+    settings = dict(vars(args))
+    args.torch_device = "cuda" if args.device in ("gpu", "cuda") else "cpu"
+    args.sgd = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
+    args.datamodule = data_of(args)
+    args.datamodule.prepare_data()
+    args.datamodule.setup()
+    args.probe = probe_of(args)
+    images = torch.cat([batch[0] for batch in args.probe])
     warnings.simplefilter("ignore", LightningMethodsWarning)  # that CCA is trivial in wide layers is the point
-    shown = probe_of(arguments)
-    results = {"settings": dict(vars(arguments)), "torch": torch.__version__}
-    for part, measure in (("identification", identification), ("depth", depths)):
-        results[part] = measure(arguments, shown)
-        (HERE / "results" / f"{arguments.data}.json").write_text(json.dumps(results, indent=1) + "\n")
-    results["to_initialisation"] = to_initialisation(arguments)
-    (HERE / "results" / f"{arguments.data}.json").write_text(json.dumps(results, indent=1) + "\n")
+    path = HERE / "results" / f"{args.data}.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    for part in args.parts:
+        found = parts[part](args, images)
+        results[part] = {"settings": {**settings, "sgd": args.sgd}, "torch": torch.__version__, **found}
+        path.write_text(json.dumps(results, indent=1) + "\n")

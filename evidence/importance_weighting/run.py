@@ -6,7 +6,7 @@ python evidence/importance_weighting/run.py --part mnist         half an hour; r
 python evidence/importance_weighting/run.py --part cifar10       an hour and a half at the reduced size
 python evidence/importance_weighting/run.py --part cifar10 --full --device cuda    the paper's network and data
 
-Writes `results/<part>.json` and the figures beside this file. `report.py` makes the tables of README.md from them.
+Writes `results/<part>.json` and the figures beside this file.
 """
 
 from __future__ import annotations

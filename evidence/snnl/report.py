@@ -29,10 +29,13 @@ COMMANDS = (
     "python evidence/snnl/run.py --part safety --networks ConvNet ResNet-8 --temperatures median --seeds 2 "
     "--weights -0.000001 --repeated -0.000001",
     "python evidence/snnl/run.py --part safety --temperatures median --weights -0.3 -0.1 -0.03 --repeated -0.1",
+    "python evidence/snnl/run.py --part safety --temperatures 'safe preset' --weights -0.03 --repeated -0.03",
+    "python evidence/snnl/run.py --part robustness",
     "python evidence/snnl/run.py --part report",
 )
 NOT_WORSE = 0.5  # points of accuracy
 NEAR_CHANCE = 0.9
+DIVERGED = 0.2  # accuracy, of ten classes
 HARM = 2.0  # points of accuracy against the paired run
 
 
@@ -52,6 +55,8 @@ def write_report(results: Path, readme: Path) -> None:
         parts += claims_tables(found)
     if (results / "safety.csv").exists():
         parts += safety_tables(results / "safety.csv")
+    if (results / "robustness.csv").exists():
+        parts += robustness_tables(results / "robustness.csv")
     parts += [setup_of(claims)]
     readme.write_text("\n\n".join(part for part in parts if part) + "\n")
 
@@ -319,6 +324,46 @@ def by_layers(rows: list[dict[str, Any]]) -> str:
         ]
         table.append(f"| {temperature} | {weight:g} | " + " | ".join(cells) + " |")
     return "\n".join(table)
+
+
+# -- trainings that are fragile, and losses of other scales ------------------------------------------------------------
+
+
+def robustness_tables(path: Path) -> list[str]:
+    """Return one table of how often a fragile training diverges, and one of losses in other units."""
+    grouped: dict[tuple[str, str], dict[str, dict[tuple[str, str], dict[str, Any]]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            cell = grouped.setdefault((row["network"] + ", " + row["optimizer"], row["loss_scale"]), {})
+            cell.setdefault(row["condition"], {})[row["seed"], row["layers"]] = row
+    heads = "| training | loss times | condition | runs | diverged | accuracy % | difference [95%] | worst |"
+    table = [heads, "|---|---:|---|---:|---:|---:|---:|---:|"]
+    for (training, scale), conditions in grouped.items():
+        plain = {seed: row for (seed, _), row in conditions["none"].items()}
+        for condition, rows in conditions.items():
+            accuracy = [100 * float(row["accuracy"]) for row in rows.values()]
+            gains = [100 * (float(r["accuracy"]) - float(plain[seed]["accuracy"])) for (seed, _), r in rows.items()]
+            lost = sum(float(r["accuracy"]) < DIVERGED or not np.isfinite(float(r["loss"])) for r in rows.values())
+            against = ["", ""] if condition == "none" else [_by_seed(rows, gains), f"{min(gains):+.1f}"]
+            cells = [training, scale, condition, str(len(rows)), str(lost), f"{np.mean(accuracy):.1f}", *against]
+            table.append("| " + " | ".join(cells) + " |")
+    text = (
+        "Seeds from 100, on which nothing was chosen, with the last hidden layer, all hidden layers, and all layers "
+        "before their activation; differences in points against the paired run without the callback, intervals over "
+        "seeds. "
+        f"Diverged: accuracy below {100 * DIVERGED:g}% or a loss that is not finite. Rounding is a weight of -1e-06, "
+        "which changes nothing else. In the lower rows the module's own loss is multiplied by a number, which Adam "
+        "does not feel; the safe preset without its limit is `weight=-0.03` alone."
+    )
+    return ["## Trainings that are fragile, and losses in other units", text, "\n".join(table)]
+
+
+def _by_seed(rows: dict[tuple[str, str], dict[str, Any]], gains: Sequence[float]) -> str:
+    """Return the interval of the mean over seeds: runs of one seed on several layers are no independent samples."""
+    of_seed: dict[str, list[float]] = defaultdict(list)
+    for (seed, _), gain in zip(rows, gains, strict=True):
+        of_seed[seed].append(gain)
+    return shown([float(np.mean(values)) for values in of_seed.values()], 1)
 
 
 # -- around ------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,11 +14,11 @@ from lightning_methods.cka.influence import FEWEST, certainty
 from lightning_methods.cka.matrix import similarity_matrix
 from lightning_methods.cka.weights import weights_in, weights_of
 from lightning_methods.core._lightning import Callback, rank_zero_info, rank_zero_warn
-from lightning_methods.core.batches import Selector, inputs_of
+from lightning_methods.core.batches import Selector, inputs_of, mask_of
 from lightning_methods.core.passes import batches, preserved
 from lightning_methods.core.progress import phase
-from lightning_methods.core.taps import FeatureTaps, Pool
-from lightning_methods.errors import InvalidArgument, NoEffect
+from lightning_methods.core.taps import FeatureTaps, Pool, joined
+from lightning_methods.errors import InvalidArgument, LightningMethodsWarning, NoEffect
 from lightning_methods.report import curves, heatmap, is_reporting, log_figure, log_table, log_text
 
 _COMPARED = ("self", "init", "previous")
@@ -52,6 +52,8 @@ class RepresentationSimilarity(Callback):
         figures_every_n_epochs: draw the figures also during the fit.
         freeze_threshold: name the layers at least so similar to the previous comparison, as candidates for freezing.
         inputs: where the inputs are in a batch: index, key or function.
+        mask: where the mask of padded sequences is in a batch: index, key or function, `(B, T)` with 1 at real
+            positions. Layers that give `(B, T, D)` are then averaged over these, before `pool`.
         select: item of a layer that returns a tuple or a dict.
         pool: `"flatten"`, `"gap"` or a function, see `lightning_methods.core.taps.FeatureTaps`.
         on_repeat: `"error"`, `"last"` or `"all"` for a layer that runs several times.
@@ -86,6 +88,7 @@ class RepresentationSimilarity(Callback):
         figures_every_n_epochs: int | None = None,
         freeze_threshold: float | None = None,
         inputs: int | str | Callable[[Any], Any] | None = None,
+        mask: int | str | Callable[[Any], Tensor] | None = None,
         select: int | str | None = None,
         pool: Pool = "flatten",
         on_repeat: Literal["error", "last", "all"] = "error",
@@ -116,6 +119,7 @@ class RepresentationSimilarity(Callback):
         self.figures_every_n_epochs = figures_every_n_epochs
         self.freeze_threshold = freeze_threshold
         self.inputs: Selector = inputs
+        self.mask: Selector = mask
         self.log_prefix = log_prefix
         read: dict[str, Any] = {"select": select, "pool": pool, "on_repeat": on_repeat, "detach": True}
         self.taps = FeatureTaps(layers, **read)
@@ -225,6 +229,12 @@ class RepresentationSimilarity(Callback):
                 rows += len(inputs) if isinstance(inputs, Tensor) else 1
                 if rows >= self.max_samples:
                     break
+        if self.mask is None and any(_is_padded(batch) for batch in self._probe):
+            rank_zero_warn(
+                "RepresentationSimilarity: the batches have an 'attention_mask' with padded positions, but mask= is "
+                "not given: what a layer makes of the padding is compared too. Pass mask='attention_mask'.",
+                category=LightningMethodsWarning,
+            )
         if not self._probe:
             rank_zero_warn(
                 "RepresentationSimilarity got no batch and does nothing. Pass data= a dataloader, or raise its limit.",
@@ -246,12 +256,12 @@ class RepresentationSimilarity(Callback):
                 batch = pl_module.transfer_batch_to_device(copy.copy(kept), pl_module.device, 0)
                 with taps.recording():
                     module(inputs_of(batch, self.inputs))
-                    for layer, x in taps.read().items():
+                    for layer, x in taps.read(mask=mask_of(batch, self.mask)).items():
                         # a copy: what a layer returns may be a buffer of its own
                         x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32, copy=True)
                         collected.setdefault(layer, []).append(x)
                 advance()
-        return {layer: torch.cat(pieces)[: self.max_samples] for layer, pieces in collected.items()}
+        return {layer: joined(layer, pieces)[: self.max_samples] for layer, pieces in collected.items()}
 
     def _other_module(self, pl_module: Any) -> nn.Module:
         """Return a copy of the network that is compared with."""
@@ -343,3 +353,8 @@ class RepresentationSimilarity(Callback):
             columns = ["layer", self.index, "95% from", "to", "largest influence", "of sample"]
             written += log_table(trainer, f"{self.log_prefix}/layers", columns[: len(self._table[0])], self._table)
         self.figure_paths = written
+
+
+def _is_padded(batch: Any) -> bool:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return isinstance(mask, Tensor) and bool((mask == 0).any())

@@ -13,21 +13,23 @@ from torch import Tensor
 
 from lightning_methods.cka.functional import (
     FEW_SAMPLES,
-    basis,
     centred,
     check_kernel,
     check_samples,
-    check_share,
-    correlation,
     debiased_products,
-    explained,
     feature_rows,
     gram_means,
     hsic_divisor,
     normalised,
-    procrustes_of,
     rbf_scale,
     significant,
+)
+from lightning_methods.cka.subspaces import (
+    basis,
+    check_share,
+    correlation,
+    explained,
+    procrustes_of,
     unit_shape,
     warn_if_trivial,
     weighted_correlation,

@@ -40,6 +40,9 @@ COMMANDS = {
     "weight-effect": Command(
         "lightning_methods.cli.weight_effect:run", "whether importance weights keep their effect on your features"
     ),
+    "dropout-map": Command(
+        "lightning_methods.cli.dropout_map:draw", "which pass needs the noise of dropout, over a grid of both rates"
+    ),
     "list": Command("lightning_methods.cli.cards:list_techniques", "the techniques, their classes and papers"),
     "card": Command(
         "lightning_methods.cli.cards:show_card", "all about one technique: use, settings, evidence, limits"

@@ -73,7 +73,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         >>> run("fit", ["--config", "configs/snnl/digits.yaml"])  # doctest: +SKIP
         0
     """
-    with _as_process_arguments([command, *argv]):
+    with as_process_arguments([command, *argv]):
         try:
             MethodsCLI(
                 save_config_callback=LoggerSaveConfig,
@@ -108,7 +108,7 @@ def build(path: str) -> tuple[LightningModule, LightningDataModule | None]:
     wanted: dict[str, Any] = {k: config[k] for k in ("model", "data") if config.get(k)}
     wanted["seed_everything"] = False
     wanted["trainer"] = {"logger": False, "accelerator": "cpu", "enable_checkpointing": False}
-    with _as_process_arguments([]), warnings.catch_warnings():
+    with as_process_arguments([]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter.*")
         cli = MethodsCLI(
             args=wanted,
@@ -124,7 +124,7 @@ fit, validate, test, predict = (partial(run, command) for command in ("fit", "va
 
 
 @contextmanager
-def _as_process_arguments(argv: list[str]) -> Iterator[None]:
+def as_process_arguments(argv: list[str]) -> Iterator[None]:
     """Make `argv` the arguments of the process, which Lightning replays to start the other ranks."""
     before, path = sys.argv, list(sys.path)
     sys.argv = [before[0], *argv]

@@ -16,8 +16,8 @@ from lightning_methods.cka.weights import weights_in
 from lightning_methods.cli import PROGRAM
 from lightning_methods.cli._parser import OneLineParser
 from lightning_methods.cli.app import build
-from lightning_methods.core.batches import inputs_of
-from lightning_methods.core.taps import FeatureTaps
+from lightning_methods.core.batches import inputs_of, mask_of
+from lightning_methods.core.taps import FeatureTaps, joined
 from lightning_methods.errors import InvalidArgument
 from lightning_methods.report import heatmap, shorten
 
@@ -85,6 +85,7 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--layers", nargs="+", required=True, help="names or patterns, as in the callback")
     parser.add_argument("--index", choices=_INDICES, default="cka", help="default cka, debiased")
     parser.add_argument("--pool", choices=["flatten", "gap"], default="flatten", help="of maps; default flatten")
+    parser.add_argument("--mask", help="key of the mask of padded sequences in a batch, such as attention_mask")
     parser.add_argument("--split", choices=["val", "test"], default="val", help="which data; default val")
     parser.add_argument("--max-samples", type=int, default=1024, help="default 1024")
     return parser
@@ -94,8 +95,8 @@ def _settings(index: str) -> dict[str, Any]:
     return {"debiased": True} if index == "cka" else {}
 
 
-def _model_and_samples(args: argparse.Namespace) -> tuple[Any, list[Any]]:
-    """Return the model, and the inputs of the first samples as batches."""
+def _model_and_samples(args: argparse.Namespace) -> tuple[Any, list[tuple[Any, Tensor | None]]]:
+    """Return the model, and the first samples as batches of inputs with their mask."""
     if args.max_samples < 4:
         raise InvalidArgument(f"--max-samples {args.max_samples}: at least 4 are needed.")
     for path in args.checkpoints:
@@ -109,25 +110,29 @@ def _model_and_samples(args: argparse.Namespace) -> tuple[Any, list[Any]]:
     loader = getattr(data, f"{args.split}_dataloader")()
     if isinstance(loader, (list, tuple)):
         loader = loader[0] if loader else None
-    batches: list[Any] = []
+    batches: list[tuple[Any, Tensor | None]] = []
     rows = 0
     for batch in loader or ():
         # the hooks that a Trainer calls around moving a batch, of the data or of the model, see it too
         for owner in (data, model):
             batch = owner.on_after_batch_transfer(owner.on_before_batch_transfer(batch, 0), 0)
-        batches.append(inputs_of(batch))
-        rows += len(batches[-1]) if isinstance(batches[-1], Tensor) else 1
+        inputs, mask = inputs_of(batch), mask_of(batch, args.mask)
+        batches.append((inputs, mask))
+        rows += len(inputs) if isinstance(inputs, Tensor) else 1
         if rows >= args.max_samples:
             break
     if not batches:
         raise InvalidArgument(f"The data of {args.config} gave no {args.split} batch. Try another --split.")
-    if isinstance(batches[-1], Tensor) and rows > args.max_samples:
-        batches[-1] = batches[-1][: len(batches[-1]) - (rows - args.max_samples)]
+    if isinstance(inputs, Tensor) and rows > args.max_samples:
+        wanted = len(inputs) - (rows - args.max_samples)
+        batches[-1] = inputs[:wanted], None if mask is None else mask[:wanted]
     return model, batches
 
 
 @torch.no_grad()
-def _features(model: Any, checkpoint: str, batches: list[Any], layers: list[str], pool: Any) -> dict[str, Tensor]:
+def _features(
+    model: Any, checkpoint: str, batches: list[tuple[Any, Tensor | None]], layers: list[str], pool: Any
+) -> dict[str, Tensor]:
     try:
         model.load_state_dict(weights_in(checkpoint))
     except RuntimeError as error:
@@ -137,13 +142,13 @@ def _features(model: Any, checkpoint: str, batches: list[Any], layers: list[str]
     taps = FeatureTaps(layers, pool=pool, detach=True)
     taps.attach(model)
     collected: dict[str, list[Tensor]] = {}
-    for inputs in batches:
+    for inputs, mask in batches:
         with taps.recording():
             model(inputs)
-            for name, x in taps.read().items():
+            for name, x in taps.read(mask=mask).items():
                 collected.setdefault(name, []).append(x.clone())
     taps.detach()
-    return {name: torch.cat(parts) for name, parts in collected.items()}
+    return {name: joined(name, parts) for name, parts in collected.items()}
 
 
 def _print_table(matrix: Tensor, rows: list[str], columns: list[str], args: argparse.Namespace) -> None:

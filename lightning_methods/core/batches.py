@@ -67,6 +67,31 @@ def targets_of(batch: Any, selector: Selector = None) -> Any:
     return _item_of(batch, selector, position=1, names=_TARGET_NAMES, role="targets")
 
 
+def mask_of(batch: Any, selector: Selector) -> Tensor | None:
+    """Return which positions of padded sequences are real, or `None` without a selector.
+
+    Args:
+        batch: what the dataloader gave.
+        selector: index, key or attribute, or a function of the batch.
+
+    Raises:
+        BatchFormat: if there is no such thing, or it is no tensor, with what the batch held.
+
+    Example:
+        >>> import torch
+        >>> mask_of({"ids": torch.tensor([[5, 6, 0]])}, lambda batch: batch["ids"] != 0)
+        tensor([[ True,  True, False]])
+    """
+    if selector is None:
+        return None
+    mask = _item_of(batch, selector, position=0, names=(), role="mask")
+    if not isinstance(mask, Tensor):
+        raise BatchFormat(
+            f"The mask is a {type(mask).__name__}; a tensor (B, T) is needed, 1 where a position is real."
+        )
+    return mask
+
+
 def batch_size_of(targets: Any) -> int:
     """Return the number of samples, for exact epoch means in `log`."""
     return len(targets) if isinstance(targets, Tensor) and targets.ndim else 1

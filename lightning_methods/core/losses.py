@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_methods.core._lightning import Callback, rank_zero_info, rank_zero_warn
 from lightning_methods.core.batches import Selector, batch_size_of, targets_of
-from lightning_methods.core.gather import gather_rows, gather_sizes, local_rows, world_size
+from lightning_methods.core.gather import all_sum, gather_rows, gather_sizes, local_rows, world_size
 from lightning_methods.core.layers import match_names
 from lightning_methods.core.means import EpochMeans
 from lightning_methods.core.taps import FeatureTaps, Pool
@@ -221,6 +221,8 @@ class AuxiliaryLoss(Callback):
     Args:
         layers: names or patterns of the layers, see `lightning_methods.core.layers.match_layers`.
         weight: factor of the term, for all layers or by layer name or pattern (a layer that no pattern matches has 0).
+        max_share: the most that the terms may be of the module's loss in a step, in absolute values: where they would
+            be more, all weights are scaled down. `None` for no limit.
         warmup_steps: number of optimizer steps over which the weight grows linearly from 0.
         schedule: instead, a function of the optimizer step that returns a factor for the weight.
         labels: where the targets are in a batch: index, key or function, see `lightning_methods.core.batches`.
@@ -242,6 +244,7 @@ class AuxiliaryLoss(Callback):
         layers: str | list[str],
         *,
         weight: float | dict[str, float],
+        max_share: float | None = None,
         warmup_steps: int = 0,
         schedule: Callable[[int], float] | None = None,
         labels: int | str | Callable[[Any], Tensor] | None = None,
@@ -258,6 +261,8 @@ class AuxiliaryLoss(Callback):
         for key, value in (weight if isinstance(weight, dict) else {"weight": weight}).items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
                 raise InvalidArgument(f"The weight of {key!r} is {value!r}; a finite number is needed.")
+        if max_share is not None and not max_share > 0:
+            raise InvalidArgument(f"max_share={max_share!r}: a positive share of the loss is needed, or None.")
         if warmup_steps < 0 or every_n_steps < 1:
             raise InvalidArgument(
                 f"warmup_steps={warmup_steps} and every_n_steps={every_n_steps}: at least 0 and at least 1 are needed."
@@ -266,6 +271,7 @@ class AuxiliaryLoss(Callback):
             raise InvalidArgument("warmup_steps and schedule both say how the weight grows. Give one of them.")
         self.layers = [layers] if isinstance(layers, str) else list(layers)
         self.weight = weight
+        self.max_share = max_share
         self.warmup_steps = warmup_steps
         self.schedule = schedule
         self.labels: Selector = labels
@@ -393,19 +399,34 @@ class AuxiliaryLoss(Callback):
         # of all ranks: a global value counts the same on each of them, also where their batches are unequal
         labels = next(iter(layer_batches.values())).labels
         self._log(step, self.see_labels(labels), labels)
-        weighted: Tensor | None = None
+        terms: list[Tensor] = []
         for layer, layer_batch in layer_batches.items():
             weight = factor * self._layer_weights[layer.split("#")[0]]
             with torch.set_grad_enabled(weight != 0):
                 term, quantities = self.layer_term(layer, layer_batch, step)
             self._log(step, {f"{quantity}/{layer}": value for quantity, value in quantities.items()}, labels)
             if weight != 0:
-                weighted = weight * term if weighted is None else weighted + weight * term
-        if weighted is not None:
-            self._balance.see(weighted, step.loss, type(self).__name__)
-            logged = {"loss": weighted.detach(), "total_loss": (step.loss + weighted).detach()}
-            self._log(step, logged, labels)
+                terms.append(weight * term)
+        if not terms:
+            return None
+        weighted = functools.reduce(torch.add, terms)
+        logged: dict[str, Tensor | float] = {}
+        if self.max_share is not None:
+            logged["limit"] = limit = self._limit(terms, step.loss, self.max_share)
+            weighted = weighted * limit
+        self._balance.see(weighted, step.loss, type(self).__name__)
+        logged |= {"loss": weighted.detach(), "total_loss": (step.loss + weighted).detach()}
+        self._log(step, logged, labels)
         return weighted
+
+    def _limit(self, terms: list[Tensor], loss: Tensor, share: float) -> Tensor:
+        """Return the factor, at most 1 and the same on all ranks, that keeps the terms within their share."""
+        sizes = torch.stack([loss.detach().to(terms[0]), *(term.detach() for term in terms)])
+        if self.gather:
+            sizes = all_sum(sizes) / world_size()
+        most, size = share * sizes[0].abs(), sizes[1:].abs().sum()
+        # of a loss that is not finite there is no share; it must show, not turn the factor into something else
+        return torch.where(size > most, most / size, 1.0)
 
     def _layer_batches(self, features: dict[str, Tensor], labels: Tensor) -> dict[str, LayerBatch]:
         """Return the rows of every layer, of all ranks if asked for, in at least float32."""

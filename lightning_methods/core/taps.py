@@ -121,13 +121,17 @@ class FeatureTaps:
             self._recording = False
             self._captured.clear()
 
-    def read(self, *, missing: Literal["error", "skip"] = "error") -> dict[str, Tensor]:
+    def read(self, *, missing: Literal["error", "skip"] = "error", mask: Tensor | None = None) -> dict[str, Tensor]:
         """Return the pooled tensors of the open window in execution order.
 
         Args:
             missing: whether a layer that did not run is an `"error"` or left out (`"skip"`).
+            mask: which positions of padded sequences are real, `(B, T)`: tensors `(B, T, ...)` are averaged over these
+                before they are pooled. Tensors without positions, `(B, D)`, are as ever.
 
         Raises:
+            InvalidArgument: for a mask of other values than 0 and 1, or a sample without a real position.
+            ShapeMismatch: if the mask does not fit a tensor.
             TapNotCalled: if a tapped layer did not run.
             TensorOverwritten: if a tensor was changed in place since it was captured.
             UnsupportedTraining: if a layer ran several times with `on_repeat="error"`, or without a graph although the
@@ -147,11 +151,16 @@ class FeatureTaps:
                 if version is not None and tensor._version != version:
                     raise TensorOverwritten(_OVERWRITTEN.format(layer=name, capture=self.capture))
                 features[f"{name}#{k}" if self.on_repeat == "all" and len(calls) > 1 else name] = self._pooled(
-                    name, tensor
+                    name, tensor, mask
                 )
         return features
 
-    def _pooled(self, name: str, tensor: Tensor) -> Tensor:
+    def _pooled(self, name: str, tensor: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None and tensor.ndim > 2:
+            try:
+                tensor = masked_mean(tensor, mask)
+            except ShapeMismatch as error:
+                raise ShapeMismatch(f"The layer {name!r}: {error}") from error
         if callable(self.pool):
             return self.pool(tensor)
         if self.pool == "none":
@@ -182,6 +191,74 @@ class FeatureTaps:
             if self.detach_tensors:
                 tensor = tensor.detach()  # shares the version counter with the original
         self._captured.setdefault(name, []).append((tensor, version))
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    r"""Return the mean over the real positions of padded sequences.
+
+    .. math:: \bar x_b = \sum_t m_{bt}\, x_{bt} \Big/ \sum_t m_{bt}
+
+    Shapes:
+        `x` `(B, T, ...)`, `mask` `(B, T)`; returns `(B, ...)`, in float32 or better.
+
+    Args:
+        x: features of every position; those of padded positions may be anything, also not finite.
+        mask: 1 or True where a position is real, as the `attention_mask` of a tokenizer.
+
+    Raises:
+        InvalidArgument: for other values than 0 and 1, or a sample without a real position.
+        ShapeMismatch: if the mask is not of the first two dimensions of `x`.
+
+    Example:
+        >>> import torch
+        >>> masked_mean(torch.tensor([[[1.0], [3.0], [99.0]]]), torch.tensor([[1, 1, 0]]))
+        tensor([[2.]])
+    """
+    if x.ndim < 2 or tuple(mask.shape) != tuple(x.shape[:2]):
+        raise ShapeMismatch(
+            f"features of shape {tuple(x.shape)} and a mask of shape {tuple(mask.shape)}; (B, T, ...) and (B, T) are "
+            f"needed. Where time comes first or positions were merged, pass pool= a function instead of mask=."
+        )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise InvalidArgument(
+            f"The mask holds {mask[(mask != 0) & (mask != 1)].flatten()[0].item():g}; 1 is needed where a position is "
+            f"real and 0 where it is padding. Pass mask= a function of the batch, such as one that returns ids != pad."
+        )
+    real = mask.to(x.device).bool()
+    empty = (~real.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise InvalidArgument(
+            f"Sample {empty[0]} of the batch has no real position ({len(empty)} of {len(real)} have none): its mask is "
+            f"0 everywhere. Leave such samples out."
+        )
+    weights = real.reshape(*real.shape, *[1] * (x.ndim - 2))
+    x = x if x.dtype == torch.float64 else x.float()
+    # not times the mask: what is not finite in the padding would stay so
+    return x.masked_fill(~weights, 0).sum(1) / weights.sum(1)
+
+
+def joined(layer: str, pieces: Sequence[Tensor]) -> Tensor:
+    """Return what a layer gave for several batches as one tensor.
+
+    Args:
+        layer: name of the layer, for the message.
+        pieces: its pooled tensors, batch by batch.
+
+    Raises:
+        ShapeMismatch: if their rows have different lengths, as those of sequences that are padded batch by batch.
+
+    Example:
+        >>> import torch
+        >>> joined("encoder", [torch.ones(2, 3), torch.ones(1, 3)]).shape
+        torch.Size([3, 3])
+    """
+    shapes = sorted({tuple(x.shape[1:]) for x in pieces})
+    if len(shapes) > 1:
+        raise ShapeMismatch(
+            f"The layer {layer!r} gave rows of shape {shapes[0]} in one batch and {shapes[1]} in another. Average over "
+            f"the positions, with mask= for padded sequences or pool='gap' for maps, or pad all batches to one size."
+        )
+    return torch.cat(list(pieces))
 
 
 class _Hook:

@@ -2,6 +2,7 @@
 
 from lightning_methods.data.cifar10 import CIFAR10DataModule
 from lightning_methods.data.digits import DigitsDataModule
+from lightning_methods.data.graphs import RandomGraphsDataModule, TUGraphDataModule
 from lightning_methods.data.image_folder import ImageFolderDataModule
 from lightning_methods.data.imbalanced import ImbalancedSubset
 from lightning_methods.data.labels import find_labels
@@ -15,5 +16,7 @@ __all__ = [
     "ImbalancedSubset",
     "MNISTDataModule",
     "NoisyLabels",
+    "RandomGraphsDataModule",
+    "TUGraphDataModule",
     "find_labels",
 ]

@@ -107,7 +107,7 @@ def class_balanced_weights(counts: Tensor | Sequence[int], beta: float = 0.999) 
 
     Example:
         >>> class_balanced_weights([1000, 10], beta=0.99)
-        tensor([0.1745, 1.8255], dtype=torch.float64)
+        tensor([0.1746, 1.8254], dtype=torch.float64)
     """
     if not 0 <= beta < 1:
         raise InvalidArgument(f"beta={beta!r}: a number from 0 to below 1 is needed, such as 0.999.")

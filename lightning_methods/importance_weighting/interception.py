@@ -111,7 +111,8 @@ class LossInterception(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = LOSSES.get(func)
-        if kind is not None and not self.suspended:
+        # inside compiled code the call is left alone: traced, the weights of this step would stay in it
+        if kind is not None and not self.suspended and not torch.compiler.is_compiling():
             return self._loss(kind, func, args, kwargs or {})
         # every operation of the step comes by here: nothing else may cost time
         return func(*args, **kwargs) if kwargs else func(*args)

@@ -156,9 +156,9 @@ def em_prior_shift(
         InvalidArgument: for rows that are no probabilities, or a class of prior 0 that has probability.
 
     Example:
-        >>> p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
+        >>> p = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]])
         >>> em_prior_shift(p, torch.tensor([0.5, 0.5]))
-        tensor([0.7427, 0.2573], dtype=torch.float64)
+        tensor([0.7009, 0.2991], dtype=torch.float64)
     """
     p, prior = probabilities.detach().double().cpu(), check_weights(source_prior, "The source prior")
     if p.ndim != 2 or prior.shape != p.shape[1:]:
@@ -206,7 +206,7 @@ def calibrate(logits: Tensor, labels: Tensor, *, bias: bool = True) -> tuple[flo
         >>> z = torch.tensor([[4.0, 0.0], [0.0, 4.0], [4.0, 0.0], [0.0, 4.0]]).repeat(5, 1)
         >>> y = torch.tensor([0, 1, 0, 1]).repeat(5)
         >>> y[0] = 1
-        >>> calibrate(z, y)[0] > 1
+        >>> calibrate(z, y, bias=False)[0] > 1
         True
     """
     z, y = logits.detach().double().cpu(), labels.detach().cpu().long()

@@ -27,8 +27,12 @@ from lightning_methods.snnl.temperature import median_temperature, optimal_tempe
 
 Temperature = float | Literal["median", "optimal", "paper"]
 
-#: (weight, temperature): a default that a newcomer cannot wreck a training with, and the released MNIST example
-PRESETS: dict[str, tuple[float, Temperature]] = {"safe": (-0.03, "median"), "paper": (-10.0, 100.0)}
+#: (weight, temperature, largest share of the loss): a default that does not wreck a training, and the released MNIST
+#: example
+PRESETS: dict[str, tuple[float, Temperature, float | None]] = {
+    "safe": (-0.03, "median", 0.1),
+    "paper": (-10.0, 100.0, None),
+}
 
 _PAPER_INITIAL_TEMPERATURE = 100.0
 # for the class-pair matrix: batches of an epoch, samples of a batch, and the most classes that make a picture
@@ -53,9 +57,13 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
     Args:
         layers: names or patterns of the layers, see `lightning_methods.core.layers.match_layers`. All hidden layers in
             the paper, never the logits.
-        preset: `"safe"` (weight -0.03 at the median distance), or `"paper"`, the released MNIST example (weight -10 at
-            the fixed temperature 100, meant for wide convolutional layers). `weight` and `temperature` override it.
+        preset: `"safe"` (weight -0.03 at the median distance, and never more than a tenth of the module's loss), or
+            `"paper"`, the released MNIST example (weight -10 at the fixed temperature 100, meant for wide convolutional
+            layers). `weight`, `temperature` and `max_share` override it.
         weight: :math:`\alpha`, for all layers or by layer name or pattern.
+        max_share: the most that the terms may be of the module's loss in a step: where they would be more, the weights
+            are scaled down by the logged `snnl/limit`. By default that of the preset, and no limit where a weight is
+            given; `float("inf")` for none.
         temperature: a number in units of the distance; `"median"` of the distances in the batch; `"paper"` (one
             gradient step a batch on one persistent value per layer, from 100); `"optimal"` (the minimum, equation 2, as
             costly as some forty evaluations, hence the default where all weights are 0).
@@ -98,6 +106,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         *,
         preset: Literal["safe", "paper"] = "safe",
         weight: float | dict[str, float] | None = None,
+        max_share: float | None = None,
         temperature: float | Literal["median", "optimal", "paper"] | None = None,
         distance: Distance = "sqeuclidean",
         ignore_index: int | None = None,
@@ -117,7 +126,9 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
     ) -> None:
         check_choice("preset", preset, PRESETS)
         check_choice("distance", distance, ("sqeuclidean", "cosine"))
-        weight = PRESETS[preset][0] if weight is None else weight
+        if weight is None:
+            weight = PRESETS[preset][0]
+            max_share = PRESETS[preset][2] if max_share is None else max_share
         if temperature is None:
             # what is only measured should not depend on the scale of the features
             temperature = PRESETS[preset][1] if _has_effect(weight) else "optimal"
@@ -134,6 +145,7 @@ class SoftNearestNeighborLoss(AuxiliaryLoss):
         super().__init__(
             layers,
             weight=weight,
+            max_share=max_share,
             warmup_steps=warmup_steps,
             schedule=schedule,
             labels=labels,

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_methods.cka import RepresentationSimilarity, similarity_matrix
 from lightning_methods.errors import (
+    BatchFormat,
     InvalidArgument,
     LayerNotFound,
     LightningMethodsWarning,
@@ -453,3 +454,84 @@ def test_two_callbacks_in_one_trainer(train):
     train(init, previous)
     assert init.history["head"][0] == previous.history["head"][0]
     assert init.history["head"][1] != previous.history["head"][1]
+
+
+# -- padded sequences --------------------------------------------------------------------------------------------------
+
+
+class Encoder(TinyModule):
+    """Reads batches with an `attention_mask`; what its layer gives for the padding depends on the padding."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        super().__init__(settings)
+        self.tokens = nn.Linear(1, 6)
+
+    def layers(self, x: Tensor) -> dict[str, Tensor]:
+        return {"tokens": self.tokens(x[..., None]), **super().layers(x[:, :8])}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step((batch["x"], batch["y"]), batch_idx)
+
+
+def sequences(padding: float, *, longest: int = 12, by_batch: bool = False) -> list[dict[str, Tensor]]:
+    """Return batches of 8 sequences of 8 to 12 positions, padded to one length or batch by batch."""
+    x, y = made_data().tensors
+    x = torch.cat([x, x[:, :4] ** 2], 1)
+    lengths = torch.tensor([8 + i // 8 % 5 if by_batch else 8 + i % 5 for i in range(len(x))])
+    real = torch.arange(12) < lengths[:, None]
+    x, mask = x.masked_fill(~real, padding), real.long()
+    widths = [int(lengths[i : i + 8].max()) if by_batch else longest for i in range(0, 40, 8)]
+    starts = range(0, 40, 8)
+    return [
+        {"x": x[i : i + 8, :w], "y": y[i : i + 8], "attention_mask": mask[i : i + 8, :w]}
+        for i, w in zip(starts, widths, strict=True)
+    ]
+
+
+def of_sequences(folder: Path, padding: float, **settings: Any) -> RepresentationSimilarity:
+    by_batch = settings.pop("by_batch", False)
+    data = DataLoader(sequences(padding, by_batch=by_batch), batch_size=None)
+    callback = RepresentationSimilarity(["tokens", "head"], data=data, **settings)
+    # the network itself sees no padding
+    fed = DataLoader([{**batch, "x": batch["x"][:, :8]} for batch in sequences(0.0)], batch_size=None)
+    # not by the fixture, which keeps warnings quiet
+    quiet_trainer(folder, callbacks=[callback], limit_val_batches=0).fit(seeded(Encoder), fed)
+    return callback
+
+
+@pytest.mark.parametrize("by_batch", [False, True], ids=["one length", "padded batch by batch"])
+def test_only_real_positions_count(tmp_path, by_batch):
+    zeros, junk = (of_sequences(tmp_path, p, mask="attention_mask", by_batch=by_batch).matrix for p in (0.0, 1e4))
+    assert torch.equal(zeros, junk)
+    assert zeros[0, 1].abs() > 0.01
+    function = of_sequences(tmp_path, 0.0, mask=lambda batch: batch["attention_mask"].bool(), by_batch=by_batch).matrix
+    assert torch.equal(zeros, function)
+
+
+def test_padding_that_is_compared_is_told(tmp_path):
+    with pytest.warns(LightningMethodsWarning, match="mask='attention_mask'"):
+        zeros = of_sequences(tmp_path, 0.0).matrix
+    with pytest.warns(LightningMethodsWarning, match="mask='attention_mask'"):
+        assert not torch.allclose(of_sequences(tmp_path, 3.0).matrix, zeros)
+
+
+def test_lengths_that_differ_between_batches_are_told_with_the_remedy(tmp_path):
+    with pytest.raises(ShapeMismatch, match=r"'tokens' gave rows of shape.*mask="):
+        of_sequences(tmp_path, 0.0, by_batch=True)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "says"),
+    [
+        ("attention_masks", BatchFormat, "Did you mean 'attention_mask'"),
+        (lambda batch: (1 - batch["attention_mask"]) * -1e4, InvalidArgument, "holds -10000"),
+        (lambda batch: batch["attention_mask"] * 0, InvalidArgument, "Sample 0"),
+        (lambda batch: batch["attention_mask"].T, ShapeMismatch, "'tokens'"),
+    ],
+)
+def test_bad_masks(tmp_path, mask, error, says):
+    with pytest.raises(error, match=says):
+        of_sequences(tmp_path, 0.0, mask=mask)

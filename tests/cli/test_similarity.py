@@ -133,3 +133,34 @@ def test_a_users_error_is_one_line_and_code_2(folder, capsys, command, arguments
 def test_one_checkpoint_is_not_enough(folder, capsys):
     assert run("layer-identification", "a.ckpt", "--config", "config.yaml", *LAYERS) == 2
     assert "at least two" in capsys.readouterr().err
+
+
+def test_padded_sequences(folder):
+    (folder / "sequences.py").write_text(
+        "import lightning.pytorch as pl\nimport torch\nfrom torch.utils.data import DataLoader\n\n\n"
+        "class Words(pl.LightningModule):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.embed = torch.nn.Embedding(20, 5)\n"
+        "        self.deep = torch.nn.Linear(5, 4)\n\n"
+        "    def forward(self, ids):\n        return self.deep(self.embed(ids))\n\n\n"
+        "class Sequences(pl.LightningDataModule):\n"
+        "    def __init__(self, padding: int = 0):\n        super().__init__()\n        self.padding = padding\n\n"
+        "    def val_dataloader(self):\n"
+        "        ids = torch.arange(1, 13).repeat(4, 1).roll(3) * torch.arange(1, 5)[:, None] % 19 + 1\n"
+        "        mask = torch.arange(12) < torch.tensor([[12], [9], [10], [6]])\n"
+        "        rows = ids.masked_fill(~mask, self.padding)\n"
+        "        return DataLoader([{'input_ids': rows, 'attention_mask': mask.long()}] * 2, batch_size=None)\n"
+    )
+    for padding in (0, 7):
+        data = f"data: {{class_path: sequences.Sequences, init_args: {{padding: {padding}}}}}"
+        (folder / f"{padding}.yaml").write_text(f"model: {{class_path: sequences.Words}}\n{data}\n")
+    torch.manual_seed(0)
+    weights = {"embed.weight": torch.randn(20, 5), "deep.weight": torch.randn(4, 5), "deep.bias": torch.randn(4)}
+    torch.save({"state_dict": weights}, "words.ckpt")
+    found = {}
+    for padding, mask in ((0, True), (7, True), (0, False), (7, False)):
+        arguments = ["--config", f"{padding}.yaml", "--layers", "embed", "deep"]
+        arguments += ["--mask", "attention_mask"] if mask else []
+        assert run("similarity", "words.ckpt", "words.ckpt", *arguments) == 0
+        found[padding, mask] = (folder / "similarity/similarity.csv").read_text()
+    assert found[0, True] == found[7, True]
+    assert found[0, False] != found[7, False]

@@ -7,16 +7,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
 
+from lightning_methods.augmented_dropout import (
+    AugmentedDropout,
+    DropoutSchedule,
+    DualDropout1d,
+    LinearRate,
+    dual_linear,
+)
+from lightning_methods.augmented_dropout.schedules import progress_of
 from lightning_methods.cka import RepresentationSimilarity
 from lightning_methods.errors import UnsupportedTraining
 from lightning_methods.importance_weighting import ImportanceWeighting, WeightEffectMonitor
+from lightning_methods.rog import RobustGenerativeClassifier
 from lightning_methods.snnl import DeepKNN, Entanglement, SoftNearestNeighborLoss
 from lightning_methods.snnl.functional import feature_rows, soft_nearest_neighbor_loss
 from lightning_methods.snnl.temperature import median_temperature, paper_temperature_step
-from tests.support.training import Settings, TinyModule
+from tests.support.training import WIDTH, Settings, TinyModule
 
 Module = Callable[[Settings], TinyModule]
 
@@ -65,7 +76,9 @@ class SafeByHand(TinyModule):
         for name in ("first", "second"):
             h = feature_rows(layers[name])  # half precision is cast once, for the loss and for its temperature
             terms.append(-0.03 * soft_nearest_neighbor_loss(h, y, median_temperature(h)))
-        return self.own_loss(layers["head"], y) + (terms[0] + terms[1])
+        loss = self.own_loss(layers["head"], y)
+        most, size = 0.1 * loss.detach().float(), -(terms[0] + terms[1]).detach()
+        return loss + (terms[0] + terms[1]) * (most / size if size > most else 1.0)
 
 
 class PaperByHand(TinyModule):
@@ -119,6 +132,92 @@ class WeightedByHand(TinyModule):
 
 
 PAPER_WEIGHT = -0.1  # -10 is meant for wide convolutional layers
+
+# -- augmented dropout: noise that depends on the place in the training alone, so that runs can be compared ------------
+
+
+class DroppedModule(TinyModule):
+    """Whole features are dropped between the two layers, for all samples alike, and read through a view."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.drop: nn.Module = nn.Dropout1d(0.3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        torch.manual_seed(1000 * self.current_epoch + batch_idx)
+        return super().training_step(batch, batch_idx)
+
+    def layers(self, x: Tensor) -> dict[str, Tensor]:
+        first = self.first(x)
+        second = self.read(first)
+        return {"first": first, "second": second, "head": self.head(second)}
+
+    def read(self, first: Tensor) -> Tensor:
+        dropped = self.drop(first.t()).t()
+        if self.settings.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.second, dropped, use_reentrant=False)
+        return self.second(dropped)
+
+
+class DroppedByHand(DroppedModule):
+    """The definition on the layer itself."""
+
+    weight_grad: Any = "backward"
+
+    def read(self, first: Tensor) -> Tensor:
+        linear, tanh = getattr(self.second, "_orig_mod", self.second)
+        if not self.training:
+            return self.second(first)
+        shape = (1, WIDTH)
+        return tanh(
+            dual_linear(first, linear.weight, linear.bias, 0.3, 0.6, mask_shape=shape, weight_grad=self.weight_grad)
+        )
+
+
+class ErrorsByHand(DroppedByHand):
+    """The same with the weight gradient that a dropout alone leaves."""
+
+    weight_grad = "forward"
+
+
+class DualModule(DroppedModule):
+    """A dual dropout as part of the module."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.drop = DualDropout1d(0.3, 0.6)
+
+
+class SilentModule(TinyModule):
+    """A dropout that drops nothing."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.drop = nn.Dropout(0.0)
+
+    def layers(self, x: Tensor) -> dict[str, Tensor]:
+        return super().layers(self.drop(x))
+
+
+class PathModule(DroppedModule):
+    """Stochastic depth beside dropout."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.path = StochasticDepth(0.4, "batch")
+
+    def read(self, first: Tensor) -> Tensor:
+        return super().read(first + self.path(first))
+
+
+class PathByHand(PathModule):
+    """Both rates grow with the training."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        progress = progress_of(self.trainer, batch_idx)
+        self.drop.p, self.path.p = 0.3 * progress, 0.4 * progress
+        return super().training_step(batch, batch_idx)
+
 
 _SNNL_REFUSED = {"manual": UnsupportedTraining}
 
@@ -215,5 +314,52 @@ RECIPES = [
         scalars=("twin/twin_gap/in_domain", "twin/twin_agreement/noise"),
         figures=("twin/effect_by_epoch",),
         tables=("twin/effect_table",),
+    ),
+    Recipe(
+        "augmented-dropout",
+        "augmented_dropout",
+        "`AugmentedDropout`",
+        callbacks=lambda: [AugmentedDropout(0.3, 0.6, include="drop")],
+        module=DroppedModule,
+        reference=DroppedByHand,
+        scalars=("augmented_dropout/p_forward", "augmented_dropout/p_backward"),
+        tables=("augmented_dropout/dropouts",),
+    ),
+    Recipe(
+        "augmented-dropout-default",
+        "augmented_dropout",
+        "`AugmentedDropout`, equal rates",
+        callbacks=lambda: [AugmentedDropout(log_prefix="neutral")],
+        module=SilentModule,
+        probe=True,
+        scalars=("neutral/p_forward",),
+        tables=("neutral/dropouts",),
+    ),
+    Recipe(
+        "dropout-schedule",
+        "augmented_dropout",
+        "`DropoutSchedule`",
+        callbacks=lambda: [DropoutSchedule(LinearRate(), include=["drop", "path"])],
+        module=PathModule,
+        reference=PathByHand,
+        scalars=("dropout_schedule/p",),
+        figures=("dropout_schedule/rates",),
+    ),
+    Recipe(
+        "dual-dropout",
+        "augmented_dropout",
+        "`DualDropout`, 1d to 3d, `DualAlphaDropout`",
+        module=DualModule,
+        reference=ErrorsByHand,
+    ),
+    Recipe(
+        "rog",
+        "rog",
+        "`RobustGenerativeClassifier`",
+        callbacks=lambda: [RobustGenerativeClassifier(["first", "second"], every_n_epochs=1)],
+        probe=True,
+        scalars=("rog/fit/accuracy", "rog/fit/softmax", "rog/weight/first", "rog/noise_rate"),
+        figures=("rog/transition", "rog/distances", "rog/weights", "rog/memorisation"),
+        tables=("rog/suspected_mislabels", "rog/layers"),
     ),
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lightning_methods.core.batches import batch_size_of, describe_batch, inputs_of, targets_of
+from lightning_methods.core.batches import batch_size_of, describe_batch, inputs_of, mask_of, targets_of
 from lightning_methods.errors import BatchFormat
 
 X, Y = torch.ones(2, 3), torch.tensor([0, 1])
@@ -101,3 +101,14 @@ def test_errors_say_what_the_batch_held(batch, selector, said):
 def test_sizes_and_words():
     assert [batch_size_of(y) for y in (Y, torch.tensor(3), None)] == [2, 1, 1]
     assert describe_batch([X, "a"]) == "a list of 2: tensor(2, 3), str"
+
+
+def test_masks():
+    mask = torch.tensor([[1, 1, 0]])
+    assert mask_of({"attention_mask": mask}, None) is None
+    assert mask_of({"attention_mask": mask}, "attention_mask") is mask
+    assert torch.equal(mask_of((torch.tensor([[7, 0]]),), lambda batch: batch[0] != 0), torch.tensor([[True, False]]))
+    with pytest.raises(BatchFormat, match="Did you mean 'attention_mask'"):
+        mask_of({"attention_mask": mask}, "attention_masks")
+    with pytest.raises(BatchFormat, match="The mask is a list"):
+        mask_of({"mask": [[1, 0]]}, "mask")

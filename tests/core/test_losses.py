@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import pickle
 import warnings
 import weakref
@@ -463,3 +464,91 @@ def test_two_callbacks_must_not_log_under_one_key(tmp_path, second, shared):
         fit(quiet_trainer(tmp_path, callbacks=callbacks), module)
     assert "training_step" not in vars(module)
     assert not any(m._forward_hooks for m in module.modules())
+
+
+# -- the share of the loss that a term may be --------------------------------------------------------------------------
+
+
+class LimitedByHand(ByHand):
+    share = 0.2
+
+    def total_loss(self, layers, y):
+        loss = self.own_loss(layers["head"], y)
+        term = self.weight * layers["second"].square().mean()
+        return loss + term * min(1.0, float(self.share * loss.detach() / term.detach()))
+
+
+def test_a_limited_term_equals_the_one_written_by_hand(tmp_path):
+    ours = trained(tmp_path, callbacks=[Size("second", weight=5.0, max_share=0.2)])
+    theirs = trained(tmp_path, type("Heavy", (LimitedByHand,), {"weight": 5.0}))
+    assert largest_difference(ours, theirs) < 1e-6
+    assert largest_difference(ours, trained(tmp_path, callbacks=[Size("second", weight=5.0)])) > 1e-2
+
+
+def test_a_limit_that_is_not_reached_changes_no_bit(tmp_path):
+    limited = trained(tmp_path, callbacks=[Size("second", weight=0.1, max_share=1.0)])
+    assert_identical(limited, trained(tmp_path, callbacks=[Size("second", weight=0.1)]))
+
+
+class Recorded(Size):
+    """Keep what was logged in each step."""
+
+    def reset(self):
+        super().reset()
+        self.steps = []
+
+    def _log(self, step, values, labels):
+        if "limit" in values:
+            self.steps.append((float(step.loss), {key: float(value) for key, value in values.items()}))
+        super()._log(step, values, labels)
+
+
+@pytest.mark.parametrize("units", [1.0, 1e-6, -1.0])
+def test_the_share_is_kept_whatever_units_the_loss_has(tmp_path, units):
+    class Scaled(TinyModule):
+        def own_loss(self, logits, y):
+            return units * super().own_loss(logits, y)
+
+    size = Recorded("second", weight=5.0, max_share=0.2)
+    trained(tmp_path, Scaled, [size])
+    assert len(size.steps) == 10
+    for loss, logged in size.steps:
+        assert abs(logged["loss"]) <= 0.2 * abs(loss) * (1 + 1e-5)
+        assert logged["total_loss"] == pytest.approx(loss + logged["loss"])
+        assert 0 < logged["limit"] <= 1
+    if units == 1e-6:
+        assert all(abs(logged["loss"]) == pytest.approx(0.2 * abs(loss), rel=1e-4) for loss, logged in size.steps)
+
+
+def test_terms_of_opposite_signs_do_not_hide_each_other(tmp_path):
+    size = Recorded(["first", "second"], weight={"first": 50.0, "second": -50.0}, max_share=0.2)
+    module = make()
+    x, y = next(iter(loader()))
+    layers = module.layers(x)
+    sizes = sum(50 * float(layers[name].square().mean()) for name in ("first", "second"))
+    fit(quiet_trainer(tmp_path, callbacks=[size], max_epochs=1, limit_train_batches=1), module)
+    ((loss, logged),) = size.steps
+    assert loss == pytest.approx(float(module.own_loss(layers["head"], y)), rel=1e-5)
+    assert logged["limit"] == pytest.approx(0.2 * loss / sizes, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+def test_a_loss_of_which_there_is_no_share(tmp_path, value):
+    class Odd(TinyModule):
+        def own_loss(self, logits, y):
+            return super().own_loss(logits, y) * 0 + value
+
+    size = Recorded("second", weight=5.0, max_share=0.2)
+    trained(tmp_path, Odd, [size], max_epochs=1, limit_train_batches=1)
+    ((_, logged),) = size.steps
+    if value == 0.0:
+        assert logged["limit"] == logged["loss"] == logged["total_loss"] == 0
+    else:
+        assert logged["limit"] == 1
+        assert not math.isfinite(logged["total_loss"])
+
+
+@pytest.mark.parametrize("share", [0, -0.1, math.nan])
+def test_bad_shares(share):
+    with pytest.raises(InvalidArgument, match="max_share"):
+        Size("second", weight=1.0, max_share=share)

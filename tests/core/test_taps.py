@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_methods.core.taps import FeatureTaps
+from lightning_methods.core.taps import FeatureTaps, joined, masked_mean
 from lightning_methods.errors import (
     InvalidArgument,
     LayerNotFound,
@@ -355,3 +355,77 @@ def test_compiled_inner_modules(form, inplace, attached, layer):
         assert torch.allclose(own, gradient, atol=1e-7)
     taps.detach()
     net(X)
+
+
+class TestMask:
+    """Padded sequences: only real positions count, whatever the padding holds."""
+
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1]])
+
+    def read(self, make, mask, **settings):
+        net = Returns(make)
+        taps = FeatureTaps("0", **settings)
+        taps.attach(nn.Sequential(net))
+        with taps.recording():
+            net(torch.zeros(1))
+            return taps.read(mask=mask)["0"]
+
+    def test_mean_over_real_positions(self):
+        x = torch.randn(3, 4, 5)
+        expected = torch.stack([x[b][self.mask[b].bool()].mean(0) for b in range(3)])
+        torch.testing.assert_close(self.read(lambda _: x, self.mask), expected)
+
+    @pytest.mark.parametrize("junk", [1e30, float("nan"), float("inf")])
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+    def test_what_the_padding_holds_does_not_matter(self, junk, dtype):
+        x = torch.randn(3, 4, 5)
+        spoilt = x.masked_fill(self.mask[..., None] == 0, junk)
+        assert torch.equal(
+            self.read(lambda _: spoilt, self.mask.to(dtype)), self.read(lambda _: x, self.mask.to(dtype))
+        )
+
+    def test_more_padding_changes_nothing(self):
+        x = torch.randn(3, 4, 5)
+        wider = torch.cat([x, torch.randn(3, 6, 5)], 1)
+        more = torch.cat([self.mask, torch.zeros(3, 6, dtype=torch.int64)], 1)
+        torch.testing.assert_close(self.read(lambda _: wider, more), self.read(lambda _: x, self.mask))
+
+    def test_gradients_of_padding_are_zero_and_finite(self):
+        x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x: masked_mean(x, self.mask), x)
+        masked_mean(x, self.mask).sum().backward()
+        assert (x.grad[self.mask == 0] == 0).all()
+
+    def test_half_precision_is_averaged_in_single(self):
+        x = torch.full((1, 3000, 1), 60.0, dtype=torch.float16)
+        mean = masked_mean(x, torch.ones(1, 3000))
+        assert mean.dtype == torch.float32
+        torch.testing.assert_close(mean, torch.tensor([[60.0]]))
+
+    def test_tensors_without_positions_are_as_ever(self):
+        x = torch.randn(3, 5)
+        assert torch.equal(self.read(lambda _: x, self.mask), x)
+
+    def test_a_function_sees_the_means(self):
+        x = torch.randn(3, 4, 5)
+        torch.testing.assert_close(
+            self.read(lambda _: x, self.mask, pool=lambda t: t[:, :2]), masked_mean(x, self.mask)[:, :2]
+        )
+
+    @pytest.mark.parametrize("shape", [(4, 3, 5), (3, 3, 5), (2, 4, 5)])
+    def test_a_mask_that_does_not_fit_names_the_layer(self, shape):
+        with pytest.raises(ShapeMismatch, match=r"layer '0'.*\(3, 4\)"):
+            self.read(lambda _: torch.zeros(shape), self.mask)
+
+    def test_an_additive_mask_is_refused(self):
+        with pytest.raises(InvalidArgument, match="-inf"):
+            masked_mean(torch.zeros(1, 2, 3), torch.tensor([[0.0, -float("inf")]]))
+
+    def test_a_sample_of_padding_only_is_refused(self):
+        with pytest.raises(InvalidArgument, match="Sample 1"):
+            masked_mean(torch.zeros(2, 2, 3), torch.tensor([[1, 0], [0, 0]]))
+
+
+def test_pieces_of_unequal_width_are_told_with_the_remedy():
+    with pytest.raises(ShapeMismatch, match="mask="):
+        joined("encoder", [torch.zeros(2, 3), torch.zeros(2, 4)])

@@ -104,6 +104,8 @@ def test_configs_run(path: Path, at_home: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
         monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
         command.append("--data.download=false")
+        if "train_size" in settings["data"]["init_args"]:  # the files hold 200 images
+            command.append("--data.train_size=100")
     assert main([*command, "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]) == 0
 
 

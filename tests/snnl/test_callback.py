@@ -156,22 +156,25 @@ def test_layers_of_different_weight_add_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "weight", "temperature"),
+    ("options", "weight", "temperature", "max_share"),
     [
-        pytest.param({}, -0.03, "median", id="default"),
-        pytest.param({"preset": "safe"}, -0.03, "median", id="safe"),
-        pytest.param({"preset": "paper"}, -10.0, 100.0, id="paper"),
-        pytest.param({"preset": "paper", "weight": -1.0}, -1.0, 100.0, id="paper, own weight"),
-        pytest.param({"preset": "paper", "temperature": "paper"}, -10.0, "paper", id="paper, own temperature"),
-        pytest.param({"weight": 0}, 0, "optimal", id="probe"),
-        pytest.param({"weight": {"a": 0.0, "b": 0.0}}, {"a": 0.0, "b": 0.0}, "optimal", id="probe by layer"),
-        pytest.param({"weight": 0, "temperature": 3.0}, 0, 3.0, id="probe, own temperature"),
-        pytest.param({"weight": {"a": 0.0, "b": 1.0}}, {"a": 0.0, "b": 1.0}, "median", id="one of two"),
+        pytest.param({}, -0.03, "median", 0.1, id="default"),
+        pytest.param({"preset": "safe"}, -0.03, "median", 0.1, id="safe"),
+        pytest.param({"max_share": 0.5}, -0.03, "median", 0.5, id="safe, own share"),
+        pytest.param({"weight": -0.03}, -0.03, "median", None, id="own weight"),
+        pytest.param({"weight": -0.03, "max_share": 0.2}, -0.03, "median", 0.2, id="own weight and share"),
+        pytest.param({"preset": "paper"}, -10.0, 100.0, None, id="paper"),
+        pytest.param({"preset": "paper", "weight": -1.0}, -1.0, 100.0, None, id="paper, own weight"),
+        pytest.param({"preset": "paper", "temperature": "paper"}, -10.0, "paper", None, id="paper, own temperature"),
+        pytest.param({"weight": 0}, 0, "optimal", None, id="probe"),
+        pytest.param({"weight": {"a": 0.0, "b": 0.0}}, {"a": 0.0, "b": 0.0}, "optimal", None, id="probe by layer"),
+        pytest.param({"weight": 0, "temperature": 3.0}, 0, 3.0, None, id="probe, own temperature"),
+        pytest.param({"weight": {"a": 0.0, "b": 1.0}}, {"a": 0.0, "b": 1.0}, "median", None, id="one of two"),
     ],
 )
-def test_presets(options: dict[str, Any], weight: Any, temperature: Any) -> None:
+def test_presets(options: dict[str, Any], weight: Any, temperature: Any, max_share: float | None) -> None:
     snnl = SoftNearestNeighborLoss(["a", "b"], **options)
-    assert (snnl.weight, snnl.temperature) == (weight, temperature)
+    assert (snnl.weight, snnl.temperature, snnl.max_share) == (weight, temperature, max_share)
     assert snnl.is_probe == (temperature in ("optimal", 3.0))
     assert set(PRESETS) == {"safe", "paper"}
 
@@ -446,6 +449,25 @@ def test_warns_of_features_that_are_not_finite(weight: float, tmp_path: Path) ->
     snnl = SoftNearestNeighborLoss("second", weight=weight)
     assert set(warned(tmp_path, snnl, module)) == {NotFinite}
     assert math.isnan(snnl.history["second"]["value"][-1])
+
+
+@pytest.mark.parametrize("units", [1.0, 1e-3, 1e-5])
+def test_the_default_does_not_wreck_a_training_whatever_units_its_loss_has(units: float, tmp_path: Path) -> None:
+    class Scaled(TinyModule):
+        def own_loss(self, logits: Tensor, y: Tensor) -> Tensor:
+            return units * super().own_loss(logits, y)
+
+        def configure_optimizers(self) -> Any:  # does not care for units
+            return torch.optim.Adam(self.parameters(), lr=0.01, eps=1e-16)
+
+    def accuracy(*callbacks: Any) -> float:
+        module, _ = trained(tmp_path, *callbacks, module=seeded(Scaled), max_epochs=20)
+        x, y = made_data().tensors
+        return float((module.eval()(x).argmax(1) == y).float().mean())
+
+    assert accuracy(SoftNearestNeighborLoss(["first", "second"])) >= accuracy() - 0.05
+    if units == 1e-5:  # the test can tell: without its limit the default follows the term
+        assert accuracy(SoftNearestNeighborLoss(["first", "second"], weight=-0.03)) < accuracy() - 0.2
 
 
 # -- history, state and pictures ---------------------------------------------------------------------------------------

@@ -1,0 +1,250 @@
+"""Signals that the structure of a graph has by itself: degree, clustering coefficient and eccentricity, batched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_methods.geometric_scattering.functional import sparse_matrix, transition
+from lightning_methods.geometric_scattering.moments import checked_batch
+
+# small graphs, and larger ones with more than 1/16 of all edges, are cheaper as dense blocks of many graphs at once
+_SMALL_NODES, _DENSE_FACTOR, _DENSE_NODES = 64, 16, 1024
+# entries that are held at a time
+_ELEMENTS = 2**22
+
+
+def degree(edge_index: Tensor, batch: Tensor | None = None, num_nodes: int | None = None) -> Tensor:
+    """Return the number of neighbours of each node, loops and repeated edges left out.
+
+    Shapes:
+        `edge_index` `(2, E)`; returns `(num_nodes,)` in float64.
+
+    Args:
+        edge_index: the edges, an undirected one in both directions.
+        batch: not needed here.
+        num_nodes: number of nodes; by default one more than the largest index.
+
+    Raises:
+        InvalidArgument: for an index outside the nodes.
+
+    Example:
+        >>> import torch
+        >>> degree(torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]))
+        tensor([1., 2., 1.], dtype=torch.float64)
+    """
+    edges, _, size = transition(edge_index, None, num_nodes)
+    return torch.bincount(edges[0], minlength=size).double()
+
+
+def clustering_coefficient(edge_index: Tensor, batch: Tensor | None = None, num_nodes: int | None = None) -> Tensor:
+    r"""Return which share of the pairs of its neighbours are neighbours of each other, 0 below two neighbours.
+
+    .. math:: c_v = \frac{2\, |\{\text{triangles at } v\}|}{d_v (d_v - 1)}
+
+    Shapes:
+        `edge_index` `(2, E)`, `batch` `(num_nodes,)`; returns `(num_nodes,)` in float64.
+
+    Args:
+        edge_index: the edges, an undirected one in both directions.
+        batch: to which graph each node belongs, which makes many graphs fast; by default all to one.
+        num_nodes: number of nodes; by default that of `batch`, or one more than the largest index.
+
+    Raises:
+        InvalidArgument: for an index outside the nodes.
+        ShapeMismatch: if batch and nodes do not fit together.
+
+    Example:
+        >>> import torch
+        >>> triangle_and_tail = torch.tensor([[0, 1, 1, 2, 2, 0, 2, 3], [1, 0, 2, 1, 0, 2, 3, 2]])
+        >>> clustering_coefficient(triangle_and_tail)
+        tensor([1.0000, 1.0000, 0.3333, 0.0000], dtype=torch.float64)
+    """
+    graphs = _Graphs(edge_index, batch, num_nodes)
+    triangles = graphs.apply(_triangles_of_dense, _triangles_of_sparse)
+    pairs = graphs.degree * (graphs.degree - 1)
+    return torch.where(pairs > 0, 2 * triangles / pairs.clamp(min=1), 0.0)
+
+
+def eccentricity(edge_index: Tensor, batch: Tensor | None = None, num_nodes: int | None = None) -> Tensor:
+    """Return the number of edges to the farthest node that can be reached, 0 of a node alone.
+
+    Shapes:
+        `edge_index` `(2, E)`, `batch` `(num_nodes,)`; returns `(num_nodes,)` in float64.
+
+    Args:
+        edge_index: the edges, an undirected one in both directions; directed ones are followed from source to target.
+        batch: to which graph each node belongs, which makes many graphs fast; by default all to one.
+        num_nodes: number of nodes; by default that of `batch`, or one more than the largest index.
+
+    Raises:
+        InvalidArgument: for an index outside the nodes.
+        ShapeMismatch: if batch and nodes do not fit together.
+
+    Example:
+        >>> import torch
+        >>> eccentricity(torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]))
+        tensor([2., 1., 2.], dtype=torch.float64)
+    """
+    return _Graphs(edge_index, batch, num_nodes).apply(_eccentricity_of_dense, _eccentricity_of_sparse)
+
+
+#: name -> function of `edge_index`, `batch` and `num_nodes`
+SIGNALS: dict[str, Callable[[Tensor, Tensor | None, int | None], Tensor]] = {
+    "eccentricity": eccentricity,
+    "degree": degree,
+    "clustering": clustering_coefficient,
+}
+
+
+# -- many graphs at once -----------------------------------------------------------------------------------------------
+
+
+class _Graphs:
+    """The nodes sorted by graph, with what is needed to treat graphs of one size together."""
+
+    def __init__(self, edge_index: Tensor, batch: Tensor | None, num_nodes: int | None) -> None:
+        if num_nodes is None and batch is not None:
+            num_nodes = len(batch)
+        edges, _, self.size = transition(edge_index, None, num_nodes)
+        batch, graphs = checked_batch(batch, None, self.size, edges.device)
+        self.degree = torch.bincount(edges[0], minlength=self.size).double()
+        self.order = torch.argsort(batch, stable=True)
+        rank = torch.empty_like(self.order)
+        rank[self.order] = torch.arange(self.size, device=batch.device)
+        edges = rank[edges]
+        self.edges = edges[:, torch.argsort(edges[0], stable=True)]
+        self.counts = torch.bincount(batch, minlength=graphs)
+        self.starts = self.counts.cumsum(0) - self.counts
+        ends = torch.searchsorted(self.edges[0].contiguous(), self.starts + self.counts)
+        self.edge_starts = torch.searchsorted(self.edges[0].contiguous(), self.starts)
+        self.edge_counts = ends - self.edge_starts
+
+    def apply(self, of_dense: Callable[[Tensor], Tensor], of_sparse: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Return what a function makes of each graph: of blocks `(graphs, n, n)`, or of its edges."""
+        result = torch.zeros(self.size, dtype=torch.float64, device=self.order.device)
+        full = self.counts * self.counts <= _DENSE_FACTOR * self.edge_counts
+        dense = (self.counts <= _SMALL_NODES) | (full & (self.counts <= _DENSE_NODES))
+        for chosen in self._alike(dense & (self.edge_counts > 0)):
+            n = int(self.counts[chosen].max())
+            result[self._nodes(chosen)] = of_dense(self._blocks(chosen, n))[self._inside(chosen, n)].double()
+        for g in (~dense & (self.edge_counts > 0)).nonzero().flatten().tolist():
+            start, count = int(self.starts[g]), int(self.counts[g])
+            first, edges = int(self.edge_starts[g]), int(self.edge_counts[g])
+            found = of_sparse(self.edges[:, first : first + edges] - start, count)
+            result[start : start + count] = found.double()
+        back = torch.empty_like(result)
+        back[self.order] = result
+        return back
+
+    def _alike(self, wanted: Tensor) -> Iterator[Tensor]:
+        """Yield graphs of similar size, as many as bounded memory holds."""
+        graphs = wanted.nonzero().flatten()
+        graphs = graphs[torch.argsort(self.counts[graphs], descending=True)]
+        while len(graphs):
+            together = max(1, _ELEMENTS // int(self.counts[graphs[0]]) ** 2)
+            yield graphs[:together]
+            graphs = graphs[together:]
+
+    def _inside(self, chosen: Tensor, n: int) -> Tensor:
+        return torch.arange(n, device=chosen.device) < self.counts[chosen][:, None]
+
+    def _nodes(self, chosen: Tensor) -> Tensor:
+        counts = self.counts[chosen]
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        return self.starts[chosen].repeat_interleave(counts) + torch.arange(len(first), device=first.device) - first
+
+    def _blocks(self, chosen: Tensor, n: int) -> Tensor:
+        counts = self.edge_counts[chosen]
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        place = self.edge_starts[chosen].repeat_interleave(counts) + torch.arange(len(first), device=first.device)
+        source, target = self.edges[:, place - first] - self.starts[chosen].repeat_interleave(counts)
+        graph = torch.arange(len(chosen), device=chosen.device).repeat_interleave(counts)
+        # float32 holds the counts that follow exactly
+        blocks = torch.zeros(len(chosen), n, n, device=chosen.device)
+        blocks[graph, source, target] = 1
+        return blocks
+
+
+# -- triangles ---------------------------------------------------------------------------------------------------------
+
+
+def _triangles_of_dense(blocks: Tensor) -> Tensor:
+    return ((blocks @ blocks) * blocks).sum(2, dtype=torch.float64) / 2
+
+
+def _triangles_of_sparse(edges: Tensor, n: int) -> Tensor:
+    """Count each triangle once, at its node of the smallest degree: what hubs cost is bounded so."""
+    place = torch.empty(n, dtype=torch.int64, device=edges.device)
+    degrees = torch.bincount(edges[0], minlength=n)
+    place[torch.argsort(degrees, stable=True)] = torch.arange(n, device=edges.device)
+    source, target = edges[:, place[edges[0]] < place[edges[1]]]
+    order = torch.argsort(source * n + target)
+    source, target = source[order], target[order]
+    keys = source * n + target
+    later = torch.bincount(source, minlength=n)
+    ends = later.cumsum(0)[source]
+    # each edge with those that leave its source after it
+    partners = ends - 1 - torch.arange(len(source), device=edges.device)
+    triangles = torch.zeros(n, dtype=torch.float64, device=edges.device)
+    for some in _bounded(partners):
+        counts = partners[some]
+        one = torch.arange(some.start, some.stop, device=edges.device).repeat_interleave(counts)
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        two = one + 1 + torch.arange(len(one), device=edges.device) - first
+        a, b = target[one], target[two]
+        low, high = torch.where(place[a] < place[b], a, b), torch.where(place[a] < place[b], b, a)
+        wanted = low * n + high
+        found = keys[torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)] == wanted
+        for node in (source[one], a, b):
+            triangles += torch.bincount(node[found], minlength=n)
+    return triangles
+
+
+def _bounded(counts: Tensor) -> Iterator[slice]:
+    """Yield slices whose counts add up to no more than what is held at a time, or of one item."""
+    total = counts.cumsum(0)
+    start = 0
+    while start < len(counts):
+        done = int(total[start - 1]) if start else 0
+        stop = max(start + 1, int(torch.searchsorted(total, done + _ELEMENTS // 4, right=True)))
+        yield slice(start, stop)
+        start = stop
+
+
+# -- distances ---------------------------------------------------------------------------------------------------------
+
+
+def _eccentricity_of_dense(blocks: Tensor) -> Tensor:
+    steps = torch.zeros(blocks.shape[:2], device=blocks.device)
+    reached = torch.eye(blocks.shape[1], device=blocks.device).expand_as(blocks).contiguous()
+    return _farthest(reached, steps, lambda seen: seen @ blocks, of_sources=2)
+
+
+def _eccentricity_of_sparse(edges: Tensor, n: int) -> Tensor:
+    """Search from a block of sources at a time, so that no matrix of all pairs is held."""
+    onward = sparse_matrix(edges[1], edges[0], torch.ones(edges.shape[1], device=edges.device), n)
+    found = torch.zeros(n, device=edges.device)
+    width = max(1, min(n, _ELEMENTS // n))
+    for first in range(0, n, width):
+        sources = torch.arange(first, min(first + width, n), device=edges.device)
+        reached = torch.zeros(n, len(sources), device=edges.device)
+        reached[sources, torch.arange(len(sources), device=edges.device)] = 1
+        steps = torch.zeros(len(sources), device=edges.device)
+        found[sources] = _farthest(reached, steps, lambda seen: onward @ seen, of_sources=0)
+    return found
+
+
+def _farthest(reached: Tensor, steps: Tensor, onward: Callable[[Tensor], Tensor], *, of_sources: int) -> Tensor:
+    """Return after how many steps each source reaches nothing new, along the dimension of what is reached."""
+    counts = reached.sum(of_sources)
+    while True:
+        reached = (reached + onward(reached)).clamp_(max=1)
+        more = reached.sum(of_sources)
+        growing = more > counts
+        if not growing.any():
+            return steps
+        steps += growing
+        counts = more

@@ -1,0 +1,342 @@
+"""Scattering features and structural signals as transforms of PyG graphs, one by one or whole data sets at once."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_methods.core._lightning import rank_zero_warn
+from lightning_methods.errors import BatchFormat, InvalidArgument, LightningMethodsWarning, check_choice, require
+from lightning_methods.geometric_scattering.functional import (
+    Isolated,
+    Normalization,
+    lazy_random_walk,
+    scattering_coefficients,
+    scattering_paths,
+)
+from lightning_methods.geometric_scattering.moments import feature_names, scattering_moments
+from lightning_methods.geometric_scattering.structure import SIGNALS
+
+# entries of all coefficients that are held at a time
+_ELEMENTS = 2**23
+
+
+class GraphTransform:
+    """What PyG calls with a graph or a batch of graphs: changes a shallow copy, as its own transforms do."""
+
+    def __call__(self, data: Any) -> Any:
+        """Return a transformed copy."""
+        return self.forward(copy.copy(data))
+
+    @abstractmethod
+    def forward(self, data: Any) -> Any:
+        """Transform a graph in place and return it."""
+
+
+class GeometricScattering(GraphTransform):
+    r"""Add the scattering features of a graph to it, as `data.scattering`.
+
+    .. math:: S x(p, q) = \sum_l |U[p]x(v_l)|^q, \quad U[j, j']x = |\Psi_{j'}|\Psi_j x||
+        \qquad \text{(equations 2 and 4 to 6)}
+
+    Works on `Data`, on a `Batch`, and fastest on a whole data set with `transform_dataset`.
+
+    Shapes:
+        `data.scattering` `(1, F')`, of a batch `(B, F')`; `F'` is signals x paths x Q, 64 for each signal by default.
+
+    Args:
+        J: number of scales, 5 in the paper.
+        Q: number of moments, 4 in the paper.
+        order: longest path, 2 in the paper.
+        normalized: whether the moments are mean, variance, skewness and kurtosis, as in the paper's classification, or
+            sums of powers, as in its exploration.
+        signals: which signals: `"x"` (`data.x`), `"eccentricity"`, `"degree"` and `"clustering"`. Degree gives nothing
+            but its own moments: the walk leaves it as it is.
+        normalization: the walk, see `lazy_random_walk`.
+        isolated: whether a node without edges loses mass as in the paper, or keeps it.
+        remove_self_loops: whether edges from a node to itself are left out.
+        use_edge_weight: whether `data.edge_weight` weights the edges, where there is one.
+        include_finest: whether there is the filter :math:`I - P`.
+        include_lowpass: whether there is the filter :math:`P^{2^J}`.
+        dtype: of the computation and the features; single precision loses the longest scales.
+        attr: where the features go.
+
+    Raises:
+        InvalidArgument: for settings that cannot be read, signals that are not finite, or weights that are negative.
+        BatchFormat: for a graph without what a signal needs.
+
+    Example:
+        >>> import torch
+        >>> from torch_geometric.data import Data
+        >>> path = Data(edge_index=torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]), num_nodes=3)
+        >>> GeometricScattering(signals=("eccentricity", "clustering"))(path).scattering.shape
+        torch.Size([1, 128])
+    """
+
+    def __init__(
+        self,
+        J: int = 5,
+        Q: int = 4,
+        order: int = 2,
+        *,
+        normalized: bool = True,
+        signals: Sequence[Literal["x", "eccentricity", "degree", "clustering"]] = ("x",),
+        normalization: Normalization = "column",
+        isolated: Isolated = "leak",
+        remove_self_loops: bool = True,
+        use_edge_weight: bool = True,
+        include_finest: bool = False,
+        include_lowpass: bool = False,
+        dtype: torch.dtype = torch.float64,
+        attr: str = "scattering",
+    ) -> None:
+        self.signals = [signals] if isinstance(signals, str) else list(signals)
+        if not self.signals or len(set(self.signals)) < len(self.signals):
+            raise InvalidArgument(f"signals={signals!r}: at least one is needed, each once.")
+        for signal in self.signals:
+            check_choice("signals", signal, ("x", *SIGNALS))
+        check_choice("normalization", normalization, ("column", "row", "symmetric"))
+        check_choice("isolated", isolated, ("leak", "stay"))
+        if not dtype.is_floating_point:
+            raise InvalidArgument(f"dtype={dtype}: a floating-point type is needed, float64 by default.")
+        self.filters: dict[str, Any] = {
+            "J": J,
+            "order": order,
+            "include_finest": include_finest,
+            "include_lowpass": include_lowpass,
+        }
+        self.paths = scattering_paths(**self.filters)
+        self.moments: dict[str, Any] = {"Q": Q, "normalized": normalized}
+        scattering_moments(torch.zeros(1, 1, 1), **self.moments)  # checks Q
+        self.walk: dict[str, Any] = {
+            "normalization": normalization,
+            "isolated": isolated,
+            "remove_self_loops": remove_self_loops,
+            "dtype": dtype,
+        }
+        self.use_edge_weight = use_edge_weight
+        self.attr = attr
+        self._warned = False
+
+    def forward(self, data: Any) -> Any:
+        """Return the graph, or batch of graphs, with its features."""
+        setattr(data, self.attr, self.features(data))
+        return data
+
+    @torch.no_grad()
+    def features(self, data: Any) -> Tensor:
+        """Return the features `(B, F')` of a graph or of a batch of graphs."""
+        nodes, batch, graphs = _nodes_of(data)
+        edge_index = _edges_of(data)
+        weight = data.edge_weight if self.use_edge_weight and "edge_weight" in data else None
+        self._warn_of_direction(edge_index, weight, nodes)
+        signals = self._signals(data, nodes, batch)
+        P = lazy_random_walk(edge_index, weight, nodes, **self.walk)
+        width = max(1, _ELEMENTS // max(1, nodes * len(self.paths)))
+        parts = [
+            scattering_moments(scattering_coefficients(P, some, **self.filters), batch, graphs, **self.moments)
+            for some in signals.split(width, 1)
+        ]
+        return torch.cat(parts, 1).to(self.walk["dtype"])
+
+    def transform_dataset(self, dataset: Iterable[Any], batch_nodes: int = 40_000) -> list[Any]:
+        """Return copies of all graphs with their features, many graphs at a time.
+
+        Args:
+            dataset: the graphs.
+            batch_nodes: how many nodes to treat together.
+
+        Raises:
+            InvalidArgument: as the transform, and for `batch_nodes` below 1.
+            BatchFormat: as the transform.
+
+        Example:
+            >>> import torch
+            >>> from torch_geometric.data import Data
+            >>> edge = Data(edge_index=torch.tensor([[0, 1], [1, 0]]), x=torch.ones(2, 1))
+            >>> [graph.scattering.shape for graph in GeometricScattering().transform_dataset([edge, edge])]
+            [torch.Size([1, 64]), torch.Size([1, 64])]
+        """
+        if batch_nodes < 1:
+            raise InvalidArgument(f"batch_nodes={batch_nodes}: at least 1 is needed.")
+        batches = require("torch_geometric.data", extra="graph", why="transform_dataset").Batch
+        done: list[Any] = []
+        for graphs in _grouped(dataset, batch_nodes):
+            features = self.features(batches.from_data_list(graphs))
+            for graph, row in zip(graphs, features, strict=True):
+                copied = graph.clone()
+                setattr(copied, self.attr, row[None].clone())
+                done.append(copied)
+        return done
+
+    def feature_names(self, in_channels: int = 1) -> list[str]:
+        """Return the names of the features.
+
+        Args:
+            in_channels: how many columns `data.x` has.
+
+        Example:
+            >>> GeometricScattering(signals=("degree",)).feature_names()[4:6]
+            ['degree|psi1|mean', 'degree|psi1|variance']
+        """
+        names = [[f"x{i}" for i in range(in_channels)] if s == "x" else [s] for s in self.signals]
+        return feature_names([name for part in names for name in part], **self.filters, **self.moments)
+
+    def _signals(self, data: Any, nodes: int, batch: Tensor) -> Tensor:
+        dtype = self.walk["dtype"]
+        columns = []
+        for name in self.signals:
+            if name == "x":
+                columns.append(signal_of(data).to(dtype))
+            else:
+                columns.append(SIGNALS[name](_edges_of(data), batch, nodes)[:, None].to(dtype))
+        signals = torch.cat(columns, 1)
+        if not bool(signals.isfinite().all()):
+            bad = (~signals.isfinite()).nonzero()[0].tolist()
+            raise InvalidArgument(
+                f"The signals are not finite, first at node {bad[0]} in column {bad[1]}: no moment is defined. Replace "
+                f"missing values before the transform."
+            )
+        return signals
+
+    def _warn_of_direction(self, edge_index: Tensor, weight: Tensor | None, nodes: int) -> None:
+        if self._warned or _is_symmetric(edge_index, weight, nodes):
+            return
+        self._warned = True
+        rank_zero_warn(
+            "GeometricScattering: the edges are directed, and the paper's walk is that of undirected ones. Mass flows "
+            "from source to target; apply torch_geometric.transforms.ToUndirected() first if that is not meant.",
+            category=LightningMethodsWarning,
+        )
+
+    def __repr__(self) -> str:
+        settings = {**self.filters, **self.moments, "signals": self.signals}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
+
+
+class _Structural(GraphTransform):
+    """A transform that adds a structural signal to the node features."""
+
+    name: str
+
+    def __init__(self, *, cat: bool = True) -> None:
+        self.cat = cat
+
+    def forward(self, data: Any) -> Any:
+        """Return the graph, or batch of graphs, with the signal in `data.x`."""
+        nodes, batch, _ = _nodes_of(data)
+        signal = SIGNALS[self.name](_edges_of(data), batch, nodes)[:, None]
+        x = data.x if self.cat and data.x is not None else None
+        if x is None:
+            data.x = signal.to(torch.get_default_dtype())
+        else:
+            x = x[:, None] if x.ndim == 1 else x
+            x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+            data.x = torch.cat([x, signal.to(x.dtype)], 1)
+        return data
+
+
+class Eccentricity(_Structural):
+    """Add the number of edges to the farthest node that can be reached to the node features.
+
+    Parts of a graph that is not connected count by themselves. Batches of many graphs are treated at once.
+
+    Args:
+        cat: whether to append to `data.x`, or to replace it.
+
+    Example:
+        >>> import torch
+        >>> from torch_geometric.data import Data
+        >>> path = Data(edge_index=torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]), num_nodes=3)
+        >>> Eccentricity()(path).x.flatten()
+        tensor([2., 1., 2.])
+    """
+
+    name = "eccentricity"
+
+
+class ClusteringCoefficient(_Structural):
+    """Add the share of pairs of neighbours that are neighbours of each other to the node features.
+
+    It is 0 of nodes with less than two neighbours. Batches of many graphs are treated at once.
+
+    Args:
+        cat: whether to append to `data.x`, or to replace it.
+
+    Example:
+        >>> import torch
+        >>> from torch_geometric.data import Data
+        >>> triangle = Data(edge_index=torch.tensor([[0, 1, 1, 2, 2, 0], [1, 0, 2, 1, 0, 2]]), num_nodes=3)
+        >>> ClusteringCoefficient()(triangle).x.flatten()
+        tensor([1., 1., 1.])
+    """
+
+    name = "clustering"
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+def signal_of(data: Any) -> Tensor:
+    """Return `data.x` as columns.
+
+    Raises:
+        BatchFormat: if there is none, or it is not one row a node.
+    """
+    x = getattr(data, "x", None)
+    if x is None:
+        raise BatchFormat(
+            f"The graph has no node features x (it holds {', '.join(map(str, data.keys())) or 'nothing'}). Use "
+            f"signals=('eccentricity', 'clustering'), or add such signals with the transforms of these names."
+        )
+    if x.ndim == 1:
+        x = x[:, None]
+    if x.ndim != 2:
+        raise BatchFormat(f"The node features have the shape {tuple(x.shape)}; (nodes, features) is needed.")
+    return x
+
+
+def _edges_of(data: Any) -> Tensor:
+    edge_index = getattr(data, "edge_index", None)
+    if edge_index is None:
+        raise BatchFormat(
+            f"The graph has no edge_index (it holds {', '.join(map(str, data.keys())) or 'nothing'}). Of a graph with "
+            f"adj_t make one with torch_geometric.utils.to_edge_index."
+        )
+    return edge_index
+
+
+def _nodes_of(data: Any) -> tuple[int, Tensor, int]:
+    """Return the number of nodes, to which graph each belongs, and the number of graphs."""
+    nodes = int(data.num_nodes or 0)
+    batch = getattr(data, "batch", None)
+    if batch is None:
+        return nodes, torch.zeros(nodes, dtype=torch.int64, device=_edges_of(data).device), 1
+    # not what batch holds: the last graph may be empty
+    return nodes, batch, int(data.num_graphs)
+
+
+def _is_symmetric(edge_index: Tensor, weight: Tensor | None, nodes: int) -> bool:
+    there, back = edge_index[0] * nodes + edge_index[1], edge_index[1] * nodes + edge_index[0]
+    first, second = torch.argsort(there, stable=True), torch.argsort(back, stable=True)
+    same = torch.equal(there[first], back[second])
+    return same and (weight is None or bool(torch.allclose(weight[first], weight[second])))
+
+
+def _grouped(dataset: Iterable[Any], batch_nodes: int) -> Iterator[list[Any]]:
+    group: list[Any] = []
+    nodes = 0
+    for graph in dataset:
+        size = int(graph.num_nodes or 0)
+        if group and nodes + size > batch_nodes:
+            yield group
+            group, nodes = [], 0
+        group.append(graph)
+        nodes += size
+    if group:
+        yield group

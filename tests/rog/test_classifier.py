@@ -1,0 +1,158 @@
+"""The generative classifier and the ensemble over layers, against values worked out by hand."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_methods.errors import InvalidArgument, LightningMethodsWarning, ShapeMismatch, UnsupportedTraining
+from lightning_methods.rog import GenerativeClassifier, LayerEnsemble
+
+F64 = torch.float64
+NINE = torch.tensor([(0, 0), (2, 0), (0, 2), (4, 4), (6, 4), (4, 6), (-3, 5), (-1, 5), (-3, 7)], dtype=F64)
+THREE = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+
+
+def clusters(n: int = 600, d: int = 6, wrong: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features, given labels and true ones of three clusters."""
+    generator = torch.Generator().manual_seed(0)
+    true = torch.arange(n) % 3
+    x = torch.randn(n, d, generator=generator, dtype=F64) + 6 * torch.nn.functional.one_hot(true, d)
+    flipped = torch.rand(n, generator=generator) < wrong
+    return x, torch.where(flipped, (true + 1) % 3, true), true
+
+
+def test_linear_discriminant_by_hand() -> None:
+    fitted = GenerativeClassifier(estimator="sample").fit(NINE, THREE)
+    third = torch.tensor([[2, 2], [14, 14], [-7, 17]], dtype=F64) / 3
+    torch.testing.assert_close(fitted.location + fitted.center, third)
+    torch.testing.assert_close(fitted.whitening.T @ fitted.whitening, torch.tensor([[1.5, 0.75], [0.75, 1.5]]).double())
+    x = torch.tensor([[1.0, 2.0]], dtype=F64)
+    logits = torch.tensor([2.401387711332, -18.598612288668, -5.098612288668], dtype=F64)
+    torch.testing.assert_close(fitted(x)[0], logits.log_softmax(0), rtol=1e-8, atol=1e-9)
+    assert float(fitted(x).exp()[0, 0]) == pytest.approx(0.999447220606, rel=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["mcd", "official", "sample"])
+def test_one_linear_layer_is_the_quadratic_form(estimator: Any) -> None:
+    x, given, _ = clusters(wrong=0.2)
+    fitted = GenerativeClassifier(estimator=estimator, priors=[0.2, 0.3, 0.5]).fit(x, given)
+    quadratic = torch.tensor([0.2, 0.3, 0.5], dtype=F64).log() - fitted.mahalanobis(x) / 2
+    torch.testing.assert_close(fitted(x), quadratic.log_softmax(1), rtol=1e-8, atol=1e-8)
+    linear = fitted.to_linear(F64)
+    torch.testing.assert_close(linear(x).log_softmax(1), fitted(x), rtol=1e-8, atol=1e-8)
+
+
+def test_robust_means_stay_where_wrong_labels_draw_the_plain_ones() -> None:
+    x, given, true = clusters(wrong=0.3)
+    means = torch.stack([x[true == c].mean(0) for c in range(3)])
+    away = {}
+    for estimator in ("mcd", "sample"):
+        fitted = GenerativeClassifier(estimator=estimator).fit(x, given)  # type: ignore[arg-type]
+        away[estimator] = float((fitted.location + fitted.center - means).norm(dim=1).max())
+    assert away["mcd"] < 0.5 < 2 < away["sample"]
+
+
+def test_a_shift_of_the_features_changes_no_prediction() -> None:
+    x, given, _ = clusters(wrong=0.2)
+    moved = GenerativeClassifier().fit(x + 1000, given)
+    torch.testing.assert_close(moved(x + 1000), GenerativeClassifier().fit(x, given)(x), rtol=1e-6, atol=1e-6)
+
+
+def test_principal_components_and_features_that_do_not_vary() -> None:
+    x, given, true = clusters()
+    wide = torch.cat([x, torch.zeros(len(x), 4), x[:, :1]], dim=1)
+    for fitted in (GenerativeClassifier(max_dim=3), GenerativeClassifier()):
+        posterior = fitted.fit(wide, given)(wide)
+        assert bool(posterior.isfinite().all())
+        assert float((posterior.argmax(1) == true).double().mean()) > 0.98
+
+
+def test_a_missing_class_is_never_predicted() -> None:
+    x, given, _ = clusters()
+    with pytest.warns(LightningMethodsWarning, match="class 3"):
+        fitted = GenerativeClassifier().fit(x, given, num_classes=4)
+    assert bool((fitted(x)[:, 3] == -torch.inf).all())
+    assert not bool(fitted(x).isnan().any())
+
+
+def test_state_goes_through_a_safe_file_bit_for_bit_and_stays_wide() -> None:
+    x, given, _ = clusters()
+    fitted = GenerativeClassifier().fit(x, given)
+    file = io.BytesIO()
+    torch.save(fitted.state_dict(), file)
+    file.seek(0)
+    other = GenerativeClassifier()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(x), fitted(x))
+    assert torch.equal(other.half()(x), fitted(x))
+
+
+def test_the_ensemble_prefers_the_layer_that_separates() -> None:
+    x, given, true = clusters(wrong=0.3)
+    noise = torch.randn(len(x), 6, generator=torch.Generator().manual_seed(1), dtype=F64)
+    features = {"noise": noise, "good": x}
+    ensemble = LayerEnsemble(["noise", "good"]).fit(features, given)
+    ensemble.learn_weights(features, given, "noisy_val")
+    assert float(ensemble.weights.sum()) == pytest.approx(1.0)
+    assert float(ensemble.weights[1]) > 0.6
+    mixed = ensemble({"noise": noise, "good": x})
+    torch.testing.assert_close(mixed.exp().sum(1), torch.ones(len(x), dtype=F64))
+    assert float((mixed.argmax(1) == true).double().mean()) > 0.95
+    assert ensemble.learn_weights(features, given, "last").weights.tolist() == [0.0, 1.0]
+
+
+def test_weights_are_learned_in_inference_mode_too() -> None:
+    x, given, _ = clusters()
+    usual = LayerEnsemble(["a", "b"]).fit({"a": x, "b": -x}, given).learn_weights({"a": x, "b": -x}, given, "clean_val")
+    with torch.inference_mode():
+        features = {"a": x.clone(), "b": -x}
+        ensemble = LayerEnsemble(["a", "b"]).fit(features, given).learn_weights(features, given, "clean_val")
+    assert torch.equal(ensemble.weights, usual.weights)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"estimator": "mdc"},
+        {"support_fraction": 0.2},
+        {"priors": "equal"},
+        {"priors": [-1.0, 2.0]},
+        {"priors": []},
+        {"shrinkage": -0.1},
+        {"max_dim": 0},
+        {"starts": "median"},
+    ],
+)
+def test_bad_settings(settings: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument):
+        GenerativeClassifier(**settings)
+
+
+def test_bad_data() -> None:
+    x, y = NINE, THREE
+    with pytest.raises(InvalidArgument, match="at least two"):
+        GenerativeClassifier().fit(x, torch.zeros_like(y))
+    with pytest.raises(InvalidArgument, match="NaN or infinity"):
+        GenerativeClassifier().fit(x / 0, y)
+    with pytest.raises(InvalidArgument, match="whole numbers"):
+        GenerativeClassifier().fit(x, y.double())
+    with pytest.raises(InvalidArgument, match="num_classes"):
+        GenerativeClassifier().fit(x, y, num_classes=2)
+    with pytest.raises(InvalidArgument, match="probabilities"):
+        GenerativeClassifier(priors=[0.5, 0.5]).fit(x, y)
+    for features, labels in ((x[0], y), (x, y[:3]), (x.long(), y)):
+        with pytest.raises(ShapeMismatch):
+            GenerativeClassifier().fit(features, labels)
+    with pytest.raises(UnsupportedTraining, match="fit"):
+        GenerativeClassifier()(x)
+    with pytest.raises(ShapeMismatch, match="fitted"):
+        GenerativeClassifier().fit(x, y)(x[:, :1])
+    with pytest.raises(InvalidArgument, match="each once"):
+        LayerEnsemble(["a", "a"])
+    with pytest.raises(ShapeMismatch, match="layer1"):
+        LayerEnsemble(["layer1"]).fit({"layer2": x}, y)
