@@ -50,6 +50,7 @@ bench: $(READY)
 	$(RUN) benchmarks/snnl.py
 	$(RUN) benchmarks/cka.py
 	$(RUN) benchmarks/augmented_dropout.py
+	$(RUN) benchmarks/importance_weighting.py
 
 # write the compatibility matrix of the README and the cards from the results of the contract tests
 matrix: $(READY)

@@ -25,7 +25,7 @@ CONDITIONS: dict[str, dict[str, float]] = {
     "plain": {},
     "L2 1e-3": {"decay": 1e-3},
     "batch norm": {"norm": 1},
-    "dropout 0.5": {"dropout": 0.5, "lr": 0.025},
+    "dropout 0.5": {"dropout": 0.5, "lr": 0.05},
 }
 RATIOS = {"16:1": [16.0, 1.0], "1:1": [1.0, 1.0], "1:16": [1.0, 16.0]}
 
@@ -33,7 +33,7 @@ RATIOS = {"16:1": [16.0, 1.0], "1:1": [1.0, 1.0], "1:16": [1.0, 16.0]}
 class CatsAndDogs(LightningModule):
     """Two and three 3x3 convolutions without padding, each followed by pooling, and three linear layers."""
 
-    def __init__(self, width: float, *, decay: float = 0.0, norm: float = 0, dropout: float = 0.0, lr: float = 0.05):
+    def __init__(self, width: float, *, decay: float = 0.0, norm: float = 0, dropout: float = 0.0, lr: float = 0.1):
         super().__init__()
         a, b, c, d = (round(width * n) for n in (64, 128, 512, 128))
         layers: list[nn.Module] = []
