@@ -140,7 +140,7 @@ def train(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=args.epochs,
-        default_root_dir="/tmp/importance_weighting",
+        default_root_dir="runs",
     )
     trainer.fit(module, DataLoader(fit, batch_size=16, shuffle=True), DataLoader(held, batch_size=250))
     keys = ("fraction/in_domain/0", "fraction/out_of_domain/0", "fraction/noise/0", "accuracy", "effect", "margin")

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from lightning_methods.core._lightning import Callback, rank_zero_info, rank_zero_warn
+from lightning_methods.core._lightning import Callback, rank_zero_info
+from lightning_methods.core.balance import Balance
 from lightning_methods.core.batches import Selector, batch_size_of, targets_of
 from lightning_methods.core.gather import all_sum, gather_rows, gather_sizes, local_rows, world_size
 from lightning_methods.core.layers import match_names
@@ -24,9 +25,7 @@ from lightning_methods.errors import (
     BatchFormat,
     InvalidArgument,
     LayerNotFound,
-    NoEffect,
     ShapeMismatch,
-    TermOutweighsLoss,
     UnsupportedTraining,
     check_choice,
     did_you_mean,
@@ -285,7 +284,7 @@ class AuxiliaryLoss(Callback):
         )
         self._layer_weights: dict[str, float] = {}
         self._module: Any = None
-        self._balance = _Balance()
+        self._balance = Balance()
         self.reset()
 
     def reset(self) -> None:
@@ -331,7 +330,7 @@ class AuxiliaryLoss(Callback):
         except Exception:
             self.release()
             raise
-        self._balance = _Balance()
+        self._balance = Balance()
         by_weight = ", ".join(f"{layer} ({weight:g})" for layer, weight in self._layer_weights.items())
         rank_zero_info(f"{type(self).__name__}: layers, with their weights: {by_weight}")
 
@@ -487,38 +486,3 @@ class AuxiliaryLoss(Callback):
         if self.log_on == "step":
             for key, value in values.items():
                 step.module.log(f"{self.log_prefix}/{key}", value, batch_size=batch_size_of(labels))
-
-
-class _Balance:
-    """Compares a term with the loss it is added to over the first steps, and warns once where the term is larger.
-
-    Later the comparison would mislead: a loss that is almost 0 is outweighed by any term.
-    """
-
-    steps = 20
-
-    def __init__(self) -> None:
-        self.seen = 0
-        self.term: Tensor | float = 0.0
-        self.loss: Tensor | float = 0.0
-
-    def see(self, term: Tensor, loss: Tensor, who: str) -> None:
-        if self.seen >= self.steps:
-            return
-        if self.seen == 0 and not term.requires_grad:
-            rank_zero_warn(
-                f"{who}: none of the weighted layers is trained (their outputs need no gradient), so that the term has "
-                f"no effect. Tap a layer that is trained, or set weight=0 to only measure.",
-                category=NoEffect,
-            )
-        self.seen += 1
-        self.term = self.term + term.detach().abs()
-        self.loss = self.loss + loss.detach().abs()
-        # one synchronisation with the device in all
-        if self.seen == self.steps and self.term > self.loss:
-            rank_zero_warn(
-                f"{who}: over the first {self.steps} steps the added term is {float(self.term) / self.steps:.3g} on "
-                f"average and the loss {float(self.loss) / self.steps:.3g}: the training follows the term. If that is "
-                f"not meant, make the weight about {max(float(self.loss / self.term), 1e-4) / 10:.1g} times as large.",
-                category=TermOutweighsLoss,
-            )

@@ -200,8 +200,7 @@ class ImportanceWeighting(Callback):
         if self.mode == "module" and not self._loss_modules(pl_module):
             raise UnsupportedTraining(
                 f"mode='module' found no loss module with match={self.match!r} in {type(pl_module).__name__}: a "
-                f"submodule "
-                f"called ...Loss, with `reduction`, is needed."
+                f"submodule called ...Loss, with `reduction`, is needed."
             )
         self._module = pl_module
         if self.mode != "sampler":
@@ -425,8 +424,7 @@ class ImportanceWeighting(Callback):
         if weights.deferred and (loss is not weights.result or getattr(hub, "participants", [])):
             raise UnsupportedTraining(
                 "normalize='batch' over accumulated batches divides the gradient in the end, which is exact only if "
-                "the "
-                "weighted loss is all that training_step returns. Use normalize='mean1', or do not accumulate."
+                "the weighted loss is all that training_step returns. Use normalize='mean1', or do not accumulate."
             )
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:

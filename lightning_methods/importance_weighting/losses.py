@@ -26,7 +26,7 @@ def poly_tail_loss(
     left: Literal["logistic", "linear"] = "logistic",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Return the loss with a polynomial tail, under which weights keep their effect (Wang et al. 2022).
+    r"""Return the loss with a polynomial tail, made for weights to keep their effect (Wang et al. 2022).
 
     .. math:: \ell(m) = \begin{cases} \log(1 + e^{-m}) / \log(1 + e^{-1}) & m \le 1 \\ m^{-\alpha} & m > 1 \end{cases}
 

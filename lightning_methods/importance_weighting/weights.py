@@ -199,8 +199,7 @@ class BatchWeights:
         if table is not None and len(table) != classes:
             raise ShapeMismatch(
                 f"There are {len(table)} class weights and {classes} logits a sample in {name}. One weight for each "
-                f"class "
-                f"is needed."
+                f"class is needed."
             )
 
     def _looked_up(self, table: Tensor | None, target: Tensor, call: LossCall) -> tuple[Tensor | None, Tensor | int]:
@@ -226,8 +225,7 @@ class BatchWeights:
             wrong = int(labels.max()) if int(labels.max()) >= classes else int(labels.min())
             raise InvalidArgument(
                 f"The batch holds the label {wrong}, and there are weights for the classes 0 to {classes - 1}. Give "
-                f"one "
-                f"weight for each class."
+                f"one weight for each class."
             )
 
     def _fitted(self, weight: Tensor, losses: Tensor) -> Tensor:
