@@ -1,0 +1,104 @@
+"""The ends of a network: what lies outside of its sections, copied from the teacher and frozen at first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_methods.lit.sections import Stage
+
+
+class Ends:
+    """The ends of a student: `copy` takes them from the teacher, `freeze` and `thaw` say whether they may change.
+
+    Frozen parameters keep `requires_grad`, since DDP breaks where it changes within a fit; `drop_gradients` before the
+    optimizer's step makes the optimizer pass them by, with its weight decay and its momentum. Frozen modules are in
+    eval mode, as in the paper's code: batch norm stands still, and dropout drops nothing.
+
+    Args:
+        student: the network.
+        stages: its sections.
+
+    Example:
+        >>> from lightning_methods.lit.sections import find_stage
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 1))
+        >>> ends = Ends(net, [find_stage(net, "1", "student")])
+        >>> sorted(ends.names)
+        ['0.bias', '0.weight', '2.bias', '2.weight']
+    """
+
+    def __init__(self, student: nn.Module, stages: Sequence[Stage]) -> None:
+        self.student = student
+        self.stages = list(stages)
+        self.copied: set[str] = set()
+        self._modes: list[tuple[nn.Module, bool]] | None = None
+        self._frozen: list[nn.Parameter] = []
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the parameters and buffers outside of the sections."""
+        return list(_outside(self.student, self.stages))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters outside of the sections, or those that were copied where some were."""
+        named = _outside(self.student, self.stages)
+        return [x for n, x in named.items() if isinstance(x, nn.Parameter) and (not self.copied or n in self.copied)]
+
+    def copy(self, teacher: nn.Module, stages: Sequence[Stage]) -> list[str]:
+        """Take every tensor that the teacher has outside of its sections under the same name and of the same shape.
+
+        Args:
+            teacher: the network to take from.
+            stages: its sections.
+
+        Returns:
+            The names of the student's tensors that the teacher has not so.
+        """
+        theirs = _outside(teacher, stages)
+        left: list[str] = []
+        self.copied.clear()
+        with torch.no_grad():
+            for name, tensor in _outside(self.student, self.stages).items():
+                if name in theirs and theirs[name].shape == tensor.shape:
+                    tensor.copy_(theirs[name])
+                    self.copied.add(name)
+                else:
+                    left.append(name)
+        return left
+
+    def freeze(self) -> None:
+        """Put the modules outside of the sections into eval mode, each by itself; harmless when called twice."""
+        if self._modes is None:
+            inside = {id(m) for stage in self.stages for m in stage.submodules()}
+            self._modes = [(m, m.training) for m in self.student.modules() if id(m) not in inside]
+            self._frozen = self.parameters()
+        for module, _ in self._modes:
+            module.training = False
+
+    @property
+    def is_frozen(self) -> bool:
+        """Tell whether the ends stand still."""
+        return self._modes is not None
+
+    def thaw(self) -> None:
+        """Put the modules back into the modes that they had; harmless when called twice."""
+        for module, training in self._modes or ():
+            module.training = training
+        self._modes, self._frozen = None, []
+
+    def drop_gradients(self) -> None:
+        """Leave nothing of frozen ends for the optimizer, the clipping and the weight decay to act on."""
+        for parameter in self._frozen:
+            parameter.grad = None
+
+
+def _outside(network: nn.Module, stages: Sequence[Stage]) -> dict[str, Tensor]:
+    """Return the parameters and persistent buffers outside of the sections, under the names that the user gave."""
+    inside = {id(x) for stage in stages for m in stage.modules for x in (*m.parameters(), *m.buffers())}
+    found: dict[str, Tensor] = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in inside:
+            found[name.replace("_orig_mod.", "")] = tensor
+    return found
