@@ -80,7 +80,7 @@ class Adapter(nn.Module):
     Args:
         kind: `"conv1x1"` maps the teacher's input to the student's width and the student's output to the teacher's,
             both learned; `"select"` takes a fixed choice of the teacher's channels for both.
-        given: the teacher's and the student's shape of the section's input.
+        given: the teacher's and the student's shape of the section's input; `None` where it gets the student's own.
         returned: theirs of its output.
 
     Raises:
@@ -98,12 +98,12 @@ class Adapter(nn.Module):
     def __init__(
         self,
         kind: Literal["conv1x1", "select"],
-        given: tuple[tuple[int, ...], tuple[int, ...]],
+        given: tuple[tuple[int, ...], tuple[int, ...]] | None,
         returned: tuple[tuple[int, ...], tuple[int, ...]],
     ) -> None:
         super().__init__()
         channels = ChannelMap if kind == "conv1x1" else ChannelSelection
-        self.input: nn.Module = _between(channels, *given)
+        self.input: nn.Module = nn.Identity() if given is None else _between(channels, *given)
         self.output: nn.Module = nn.Identity()
         self.target: nn.Module = nn.Identity()
         if kind == "conv1x1":

@@ -182,14 +182,14 @@ class SectionDistillation:
         by_name = dict(zip((p.name for p in self.pairs), self.weights, strict=True))
         return torch.stack([by_name[name] * outcome.loss for name, outcome in outcomes.items()]).sum()
 
-    def drift(self, lesson: Lesson, own: Sequence[Call]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return for each section the relative error on the teacher's input and on the student's own."""
+    def drift(self, lesson: Lesson, own: Sequence[Call]) -> dict[str, Tensor]:
+        """Return each section's relative error on the student's own input and, where it fits, on the teacher's."""
         errors = {}
         for i, pair in enumerate(self.pairs):
-            output, target = self._run(i, lesson.calls[i])
-            fed = relative_error(output, target)
             output, target = self._adapted(i, own[i].tensor, lesson.calls[i].tensor)
-            errors[pair.name] = (fed, relative_error(output, target))
+            errors[f"student_fed/{pair.name}"] = relative_error(output, target)
+            if self.adapters is None or self.fed_by == "teacher":
+                errors[f"teacher_fed/{pair.name}"] = relative_error(*self._run(i, lesson.calls[i]))
         return errors
 
     # -- the first step ----------------------------------------------------------------------------------------------
@@ -312,6 +312,8 @@ def fit_adapters(
     pairs: Sequence[Pair],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    *,
+    fed: bool,
 ) -> nn.ModuleList:
     """Return one adapter for each section, made for the shapes that both networks have on an example.
 
@@ -322,10 +324,13 @@ def fit_adapters(
         pairs: the sections.
         args: what the networks are given.
         kwargs: what they are given by name.
+        fed: whether the student's sections get the teacher's inputs, which then are mapped too.
     """
     left = observed(teacher, SectionTap([p.teacher for p in pairs], "teacher"), args, kwargs)
     right = observed(student, SectionTap([p.student for p in pairs], "student"), args, kwargs)
-    return nn.ModuleList(Adapter(kind, match.inputs, match.outputs) for match in section_table(pairs, left, right))
+    return nn.ModuleList(
+        Adapter(kind, match.inputs if fed else None, match.outputs) for match in section_table(pairs, left, right)
+    )
 
 
 def _same(a: Call, b: Call) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,11 +71,20 @@ class Ends:
     def freeze(self) -> None:
         """Put the modules outside of the sections into eval mode, each by itself; harmless when called twice."""
         if self._modes is None:
-            inside = {id(m) for stage in self.stages for m in stage.submodules()}
-            self._modes = [(m, m.training) for m in self.student.modules() if id(m) not in inside]
+            self._modes = [(m, m.training) for m in self._still()]
             self._frozen = self.parameters()
         for module, _ in self._modes:
             module.training = False
+
+    def _still(self) -> Iterator[nn.Module]:
+        """Yield the modules outside of the sections, but those with tensors of their own that were not copied."""
+        inside = {id(m) for stage in self.stages for m in stage.submodules()}
+        for path, module in self.student.named_modules():
+            prefix = f"{path}.".replace("_orig_mod.", "").removeprefix(".")
+            own = [*module._parameters, *(set(module._buffers) - module._non_persistent_buffers_set)]
+            trained = self.copied and any(f"{prefix}{name}" not in self.copied for name in own)
+            if id(module) not in inside and not trained:
+                yield module
 
     @property
     def is_frozen(self) -> bool:

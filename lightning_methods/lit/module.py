@@ -10,45 +10,35 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_methods.core._lightning import Callback, LightningModule, OneFamily, rank_zero_info, rank_zero_warn
+from lightning_methods.core._lightning import Callback, LightningModule, OneFamily, rank_zero_info
 from lightning_methods.core.batches import Selector, inputs_of, targets_of
-from lightning_methods.core.gather import world_size
 from lightning_methods.errors import (
     BatchFormat,
     InvalidArgument,
-    LightningMethodsWarning,
     UnsupportedTraining,
-    check_choice,
 )
 from lightning_methods.lit.adapters import Adapters
-from lightning_methods.lit.distillation import SectionDistillation, Statistics, fit_adapters
+from lightning_methods.lit.build import check_numbers, made_adapters, made_ends, refuse_shared, section_distillation
+from lightning_methods.lit.distillation import SectionDistillation, Statistics
 from lightning_methods.lit.ends import Ends
-from lightning_methods.lit.functional import IGNORED, SectionLoss, kd_terms
+from lightning_methods.lit.functional import SectionLoss, kd_terms
 from lightning_methods.lit.history import History
 from lightning_methods.lit.matching import call_arguments
-from lightning_methods.lit.phases import PhasePlan, paper_steps, plan_phases, restart, scheduled, set_learning_rate
-from lightning_methods.lit.sections import Pair, Sections, find_pairs, first_tensor
+from lightning_methods.lit.outputs import accuracy, agreement, logits_of, size_of
+from lightning_methods.lit.phases import (
+    PhasePlan,
+    paper_sgd,
+    paper_steps,
+    plan_phases,
+    restart,
+    scheduled,
+    set_learning_rate,
+)
+from lightning_methods.lit.sections import Pair, Sections, find_pairs
 from lightning_methods.lit.settings import Mode, Settings
 from lightning_methods.lit.showing import show_history, show_networks, show_stitching
 from lightning_methods.lit.stitching import check_stitching, stitching_report
-from lightning_methods.lit.teachers import fingerprint, load_teacher
-
-
-def paper_sgd(params: Iterable[Any]) -> Optimizer:
-    """Return the optimizer of the paper's code: SGD, learning rate 0.1, momentum 0.9, weight decay 1e-4.
-
-    Args:
-        params: parameters or groups of them.
-    """
-    return torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-4)
-
-
-class _Outside:
-    """Keeps a teacher out of the module's parameters, state and checkpoints."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self.fingerprint = fingerprint(network)  # before anything converts it
+from lightning_methods.lit.teachers import Outside, load_teacher
 
 
 class LITDistiller(OneFamily, LightningModule):
@@ -161,7 +151,7 @@ class LITDistiller(OneFamily, LightningModule):
         self.options = Settings(
             mode, alpha, beta, temperature, soft, section_loss, section_weights, bn_stats, copy_ends, freeze_ends
         )
-        _check_numbers(finetune_lr, loss_scale, clone_features)
+        check_numbers(finetune_lr, loss_scale, clone_features)
         # plain values only, so that checkpoints load with weights_only=True
         self.save_hyperparameters(
             *("mode", "alpha", "beta", "temperature", "soft", "lit_epochs", "finetune_epochs", "finetune_lr"),
@@ -180,39 +170,24 @@ class LITDistiller(OneFamily, LightningModule):
         self.history = History()
         self._sections: SectionDistillation | None = None
         self._ends: Ends | None = None
-        self._outside: _Outside | None = None
+        self._outside: Outside | None = None
         self._optimizer_phase = 1
         self._restored_phase: int | None = None
         self._inspected = False
         if teacher is None or mode == "scratch":
             return
         network = load_teacher(teacher, teacher_ckpt)
-        _refuse_shared(network, student)
-        self._outside = _Outside(network)
+        refuse_shared(network, student)
+        self._outside = Outside(network)
         pairs = find_pairs(network, student, sections)
-        if section_weights is not None and len(section_weights) != len(pairs):
-            raise InvalidArgument(
-                f"{len(section_weights)} section_weights for {len(pairs)} sections: one each is needed."
-            )
         if adapters != "none" and self.options.trains_sections:
-            self.adapters = _made_adapters(adapters, network, student, pairs, input_shape)
+            self.adapters = made_adapters(adapters, network, student, pairs, input_shape, fed=mode == "lit")
         if stitch:
             check_stitching(pairs, adapters)
-        self._sections = SectionDistillation(
-            network,
-            student,
-            pairs,
-            fed_by="student" if mode == "fitnets" else "teacher",
-            loss=section_loss,
-            weights=section_weights,
-            statistics=self.options.statistics,
-            adapters=list(self.adapters) or None,
-            clone=clone_features,
-            early=sequential_backward,
+        self._sections = section_distillation(
+            network, student, pairs, self.options, self.adapters, clone_features, sequential_backward
         )
-        self._ends = Ends(student, [pair.student for pair in pairs])
-        if self.options.copies:
-            _say_what_was_left(self._ends.copy(network, [pair.teacher for pair in pairs]))
+        self._ends = made_ends(network, student, pairs, self.options)
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -343,14 +318,14 @@ class LITDistiller(OneFamily, LightningModule):
         options, phase = self.options, self.phase
         target = self._targets(batch, needed=options.uses_student(phase) and options.alpha > 0)
         if self._sections is None:
-            logits = _logits(self.student(*args, **kwargs))
+            logits = logits_of(self.student(*args, **kwargs))
             hard, _ = kd_terms(logits, logits, target, alpha=1.0, temperature=1.0)
             assert hard is not None
             self._log_step({"loss": hard}, {}, logits, target)
             return hard * self.loss_scale
         if not options.uses_sections(phase):
-            taught = _logits(self._sections.run_teacher(args, kwargs))
-            logits = _logits(self.student(*args, **kwargs))
+            taught = logits_of(self._sections.run_teacher(args, kwargs))
+            logits = logits_of(self.student(*args, **kwargs))
             loss, shown = self._distilled(logits, taught, target)
             self._log_step({"loss": loss}, shown, logits, target)
             return (loss + self._touched(ends=False)) * self.loss_scale
@@ -365,24 +340,25 @@ class LITDistiller(OneFamily, LightningModule):
             may_reuse = stands_still and self.reuse_first_section and options.beta > 0 and not len(self.adapters)
             sections.inspect(args, kwargs, reuse=may_reuse)
             self._inspected = True
-        logits, shown = None, {}
+        logits: Tensor | None = None
+        shown: dict[str, Tensor] = {}
         with sections.lesson(args, kwargs) as lesson:
             outcomes = sections.fed_losses(lesson)
             if options.uses_student(1):
                 with sections.own_pass() as own:
-                    logits = _logits(self.student(*args, **kwargs))
+                    logits = logits_of(self.student(*args, **kwargs))
                     if sections.listens:
                         outcomes |= sections.own_losses(lesson, own())
             regression = sections.total(outcomes)
             loss = (1 - options.beta) * regression
             if options.beta > 0:
                 assert logits is not None
-                distilled, shown = self._distilled(logits, _logits(lesson.output), target)
+                distilled, shown = self._distilled(logits, logits_of(lesson.output), target)
                 loss = options.beta * distilled + loss
         for pair in self.pairs:
             shown[f"ir/{pair.name}"] = outcomes[pair.name].loss
             shown[f"ir_rel/{pair.name}"] = outcomes[pair.name].relative
-        self._log_step({"loss": loss}, {**shown, "ir": regression}, logits, target, size=_size(args, kwargs))
+        self._log_step({"loss": loss}, {**shown, "ir": regression}, logits, target, size=size_of(args, kwargs))
         return (loss + self._touched(ends=options.beta == 0)) * self.loss_scale
 
     def _distilled(self, logits: Tensor, taught: Tensor, target: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -400,10 +376,8 @@ class LITDistiller(OneFamily, LightningModule):
         """Return 0 with what this step did not use in its graph, without which DDP waits for its gradient."""
         if world_size() == 1:
             return 0.0
-        unused: list[nn.Parameter] = [] if ends else list(self.adapters.parameters())
-        if ends and self._ends is not None:
-            unused += self._ends.parameters()
-        return sum(p.flatten()[:0].sum().float() for p in unused if p.requires_grad)
+        unused = self._ends.parameters() if ends and self._ends is not None else list(self.adapters.parameters())
+        return sum((p.flatten()[:0].sum().float() for p in unused if p.requires_grad), 0.0)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure a batch."""
@@ -416,36 +390,37 @@ class LITDistiller(OneFamily, LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the student's class probabilities, in float32."""
         args, kwargs = call_arguments(inputs_of(batch, self.inputs))
-        return _logits(self.student(*args, **kwargs)).float().softmax(1)
+        return logits_of(self.student(*args, **kwargs)).float().softmax(1)
 
     def _evaluate(self, stage: str, batch: Any) -> None:
         args, kwargs = call_arguments(inputs_of(batch, self.inputs))
         target = self._targets(batch, needed=False)
         shown: dict[str, Tensor] = {}
         if self._sections is None:
-            logits = _logits(self.student(*args, **kwargs))
+            logits = logits_of(self.student(*args, **kwargs))
         elif not self.options.trains_sections:
-            logits, taught = _logits(self.student(*args, **kwargs)), self._sections.run_teacher(args, kwargs)
-            shown[f"{stage}/agreement"] = _agreement(logits, _logits(taught))
+            logits, taught = logits_of(self.student(*args, **kwargs)), self._sections.run_teacher(args, kwargs)
+            shown[f"{stage}/agreement"] = agreement(logits, logits_of(taught))
         else:
             with self._sections.own_pass() as own, self._sections.lesson(args, kwargs) as lesson:
-                logits = _logits(self.student(*args, **kwargs))
-                for name, (fed, alone) in self._sections.drift(lesson, own()).items():
-                    shown |= {f"lit/teacher_fed/{name}": fed, f"lit/student_fed/{name}": alone}
-                shown[f"{stage}/agreement"] = _agreement(logits, _logits(lesson.output))
+                logits = logits_of(self.student(*args, **kwargs))
+                shown |= {f"lit/{key}": error for key, error in self._sections.drift(lesson, own()).items()}
+                shown[f"{stage}/agreement"] = agreement(logits, logits_of(lesson.output))
         if target is not None:
             hard, _ = kd_terms(logits, logits, target, alpha=1.0, temperature=1.0)
             assert hard is not None
             shown[f"{stage}/loss"] = hard
-            shown |= _accuracy(stage, logits, target)
-        self._log(shown, _size(args, kwargs), bar=(f"{stage}/loss", f"{stage}/accuracy"))
+            shown |= accuracy(stage, logits, target)
+        self._log(shown, size_of(args, kwargs), bar=(f"{stage}/loss", f"{stage}/accuracy"))
 
     # -- what is shown -----------------------------------------------------------------------------------------------
 
     def on_train_epoch_end(self) -> None:
         """Keep the epoch's values for the curves."""
-        metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
-        self.history.add(self.trainer.current_epoch, {k: v for k, v in metrics.items() if k.startswith("lit/")})
+        metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("lit/")}
+        if not self.options.uses_sections(self.phase):  # Lightning keeps the last values of phase 1
+            metrics = {k: v for k, v in metrics.items() if not k.startswith("lit/ir")}
+        self.history.add(self.trainer.current_epoch, metrics)
 
     def on_train_end(self) -> None:
         """Draw the curves and the tables."""
@@ -506,7 +481,7 @@ class LITDistiller(OneFamily, LightningModule):
         values |= {f"lit/{k}": v for k, v in shown.items()}
         values["lit/phase"] = torch.tensor(float(self.phase))
         if logits is not None and target is not None:
-            values |= _accuracy("train", logits, target)
+            values |= accuracy("train", logits, target)
         self._log(values, size or (len(logits) if logits is not None else 1), bar=("train/loss", "train/accuracy"))
 
     def _log(self, values: dict[str, Tensor], size: int, *, bar: tuple[str, ...]) -> None:
@@ -527,67 +502,3 @@ class LITDistiller(OneFamily, LightningModule):
 class _ReleaseOnException(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         pl_module.release()
-
-
-def _check_numbers(finetune_lr: float, loss_scale: float, clone_features: bool | str) -> None:
-    if not 0 < finetune_lr < float("inf") or not 0 < loss_scale < float("inf"):
-        raise InvalidArgument(
-            f"finetune_lr={finetune_lr} and loss_scale={loss_scale}: positive numbers are needed. The paper's code has "
-            f"0.01 and 0.5."
-        )
-    if clone_features not in (True, False, "auto"):
-        raise InvalidArgument(f"clone_features={clone_features!r}: True, False or 'auto' is needed.")
-
-
-def _refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
-    theirs = {id(p): name for name, p in teacher.named_parameters()}
-    shared = [name for name, p in student.named_parameters() if id(p) in theirs]
-    if teacher is student or shared:
-        raise InvalidArgument(
-            f"Teacher and student share parameters ({', '.join(shared[:5])}): training the one would change the other. "
-            f"Give copy.deepcopy(teacher) as the student."
-        )
-
-
-def _made_adapters(
-    kind: str, teacher: nn.Module, student: nn.Module, pairs: list[Pair], input_shape: Sequence[int] | None
-) -> nn.ModuleList:
-    check_choice("adapters", kind, ("none", "conv1x1", "select"))
-    if input_shape is None:
-        raise InvalidArgument(f"adapters={kind!r} needs input_shape=, that of one sample, for instance [3, 32, 32].")
-    example = next(student.parameters()).new_zeros((2, *input_shape))
-    return fit_adapters(kind, teacher, student, pairs, (example,), {})
-
-
-def _say_what_was_left(names: list[str]) -> None:
-    if names:
-        rank_zero_warn(
-            f"The teacher has no tensor of the same name and shape outside of its sections for {names[:5]}"
-            f"{' and others' if len(names) > 5 else ''}: they keep their own values and are trained from the start.",
-            category=LightningMethodsWarning,
-        )
-
-
-def _logits(output: Any) -> Tensor:
-    logits = getattr(output, "logits", None)
-    tensor = logits if isinstance(logits, Tensor) else first_tensor(output)
-    if tensor is None:
-        raise BatchFormat(f"A network returned a {type(output).__name__} without a tensor; logits are needed.")
-    return tensor
-
-
-def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    tensor = first_tensor((args, kwargs))
-    return len(tensor) if tensor is not None and tensor.ndim else 1
-
-
-def _accuracy(stage: str, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-    if target.is_floating_point() or target.ndim != logits.ndim - 1:
-        return {}
-    counted = target != IGNORED
-    right = (logits.detach().argmax(1) == target) & counted
-    return {f"{stage}/accuracy": right.sum() / counted.sum().clamp(min=1)}
-
-
-def _agreement(logits: Tensor, taught: Tensor) -> Tensor:
-    return (logits.argmax(1) == taught.argmax(1)).float().mean()

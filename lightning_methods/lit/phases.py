@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 from lightning_methods.errors import InvalidArgument, LightningMethodsWarning
@@ -83,6 +83,15 @@ def plan_phases(lit_epochs: int | None, finetune_epochs: int | None, max_epochs:
             LightningMethodsWarning,
         )
     return PhasePlan(lit_epochs, finetune_epochs)
+
+
+def paper_sgd(params: Iterable[Any]) -> Optimizer:
+    """Return the optimizer of the paper's code: SGD, learning rate 0.1, momentum 0.9, weight decay 1e-4.
+
+    Args:
+        params: parameters or groups of them.
+    """
+    return SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-4)
 
 
 def paper_steps(optimizer: Optimizer, epochs: int, phase: int) -> LRScheduler:

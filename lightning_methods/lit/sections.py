@@ -149,7 +149,7 @@ def find_stage(network: nn.Module, path: str, kind: str) -> Stage:
     container = getattr(network, "_orig_mod", network) if not name else dict(named_layers(network))[name]
     first, last = int(found["first"]), int(found["last"])
     if not isinstance(container, nn.Sequential) or not first < last <= len(container):
-        size = f" of {len(container)}" if hasattr(container, "__len__") else ""
+        size = f" of {len(container)}" if isinstance(container, nn.Sequential) else ""
         raise InvalidArgument(
             f"{path!r} of the {kind}: a range first:last, first included and last not, of an nn.Sequential is needed; "
             f"{name or 'the network'!r} is a {type(container).__name__}{size}."

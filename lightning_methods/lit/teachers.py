@@ -73,6 +73,18 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+class Outside:
+    """Keeps a network out of a module's parameters, state and checkpoints.
+
+    Args:
+        network: what to keep; a plain attribute of this object, which is no module.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.fingerprint = fingerprint(network)  # before anything converts it
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a file that holds a state dict or a Lightning checkpoint.
 
