@@ -92,7 +92,7 @@ class SectionDistillation:
         self.student_tap = SectionTap([p.student for p in self.pairs], "student")
         self.reuse = False
         self.table: SectionTable | None = None
-        self._clone_lesson = clone is True
+        self._clone_lesson = self._clone_own = clone is True
         self._clone_inputs: set[int] = set()
 
     def attach(self) -> None:
@@ -105,7 +105,8 @@ class SectionDistillation:
         self.teacher_tap.detach()
         self.student_tap.detach()
         self.reuse, self.table = False, None
-        self._clone_lesson, self._clone_inputs = self.clone is True, set()
+        self._clone_lesson = self._clone_own = self.clone is True
+        self._clone_inputs = set()
 
     @property
     def listens(self) -> bool:
@@ -151,7 +152,7 @@ class SectionDistillation:
     def own_pass(self) -> Iterator[Callable[[], list[Call]]]:
         """Yield, for the student's own pass, what returns its sections' calls; its statistics may be another pass's."""
         others = self._submodules(1 if self.reuse else 0) if self.statistics == "teacher" else ()
-        with statistics_kept(others), self.student_tap.recording() as calls:
+        with statistics_kept(others), self.student_tap.recording(clone=self._clone_own) as calls:
             yield calls
 
     def fed_losses(self, lesson: Lesson) -> dict[str, SectionOutcome]:
@@ -223,9 +224,13 @@ class SectionDistillation:
                 self._refuse(lesson, args, kwargs, None)
 
     def _own_calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:
-        with self.student_tap.recording(clone=True) as calls:
+        with self.student_tap.recording(clone=self._clone_own) as calls:
             self.student(*args, **kwargs)
-            return calls()
+            found = calls()
+        if self.clone != "auto" or self._clone_own or not any(call.is_overwritten() for call in found):
+            return found
+        self._clone_own = True
+        return self._own_calls(args, kwargs)
 
     def _check(self, lesson: Lesson) -> None:
         for pair, call in zip(self.pairs, lesson.calls, strict=True):

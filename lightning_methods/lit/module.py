@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_methods.core._lightning import Callback, LightningModule, OneFamily, rank_zero_info
 from lightning_methods.core.batches import Selector, inputs_of, targets_of
+from lightning_methods.core.gather import world_size
 from lightning_methods.errors import (
     BatchFormat,
     InvalidArgument,
