@@ -1,6 +1,6 @@
-"""Measure LIT beside distillation alone, with copied ends, FitNets and training from scratch: one student, one schedule.
+"""Measure LIT beside distillation, with and without copied ends, FitNets and training from scratch.
 
-    python evidence/lit/run.py --data digits                    # the card's setting D1, 10 seeds; half an hour of one core
+    python evidence/lit/run.py --data digits                    # 10 seeds, a quarter of an hour of one core
     python evidence/lit/run.py --data cifar16                   # CIFAR-10 at 16x16, 5 seeds; hours of one core
     python evidence/lit/run.py --data cifar10 --device cuda     # ResNet-110 to ResNet-32 and ResNet-20; meant for a GPU
     python evidence/lit/run.py --data digits --show             # tables of what is there

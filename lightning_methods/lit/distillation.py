@@ -17,7 +17,7 @@ from lightning_methods.lit.adapters import Adapter
 from lightning_methods.lit.capture import Call, SectionTap
 from lightning_methods.lit.early import early_loss
 from lightning_methods.lit.functional import SectionLoss, relative_error, section_loss
-from lightning_methods.lit.matching import SectionTable, observed, section_table
+from lightning_methods.lit.matching import observed, section_table
 from lightning_methods.lit.norms import statistics_kept
 from lightning_methods.lit.sections import Pair, tensors_in
 
@@ -90,8 +90,7 @@ class SectionDistillation:
         self.early = early
         self.teacher_tap = SectionTap([p.teacher for p in self.pairs], "teacher")
         self.student_tap = SectionTap([p.student for p in self.pairs], "student")
-        self.reuse = False
-        self.table: SectionTable | None = None
+        self.reuse = self.is_inspected = False
         self._clone_lesson = self._clone_own = clone is True
         self._clone_inputs: set[int] = set()
 
@@ -104,7 +103,7 @@ class SectionDistillation:
         """Remove them, and forget what was found out about the networks."""
         self.teacher_tap.detach()
         self.student_tap.detach()
-        self.reuse, self.table = False, None
+        self.reuse = self.is_inspected = False
         self._clone_lesson = self._clone_own = self.clone is True
         self._clone_inputs = set()
 
@@ -209,6 +208,7 @@ class SectionDistillation:
             ShapeMismatch: if the sections do not fit together, with a table of them.
             UnsupportedTraining: if a section is given a cache that it would change.
         """
+        self.is_inspected = False
         with preserved(self.student), torch.no_grad(), self.lesson(args, kwargs) as lesson:
             self.student.eval()
             self._check(lesson)
@@ -222,6 +222,7 @@ class SectionDistillation:
                 self._refuse(lesson, args, kwargs, error)
             if any(a != b for a, b in shapes):
                 self._refuse(lesson, args, kwargs, None)
+        self.is_inspected = True
 
     def _own_calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:
         with self.student_tap.recording(clone=self._clone_own) as calls:
@@ -294,7 +295,7 @@ class SectionDistillation:
         if self.adapters is not None:
             args, kwargs = _with_first((args, kwargs), self.adapters[i].input)
         output = self.pairs[i].student(*args, **kwargs)
-        if call.is_overwritten():
+        if call.is_overwritten() and self.is_inspected:
             raise TensorOverwritten(_OVERWRITTEN.format(name=self.pairs[i].student.path, kind="student"))
         return self._adapted(i, Call(args, kwargs, None, output).tensor, call.tensor)
 

@@ -403,6 +403,8 @@ class LITDistiller(OneFamily, LightningModule):
             logits, taught = logits_of(self.student(*args, **kwargs)), self._sections.run_teacher(args, kwargs)
             shown[f"{stage}/agreement"] = agreement(logits, logits_of(taught))
         else:
+            if not self._sections.is_inspected:  # validated before it is trained
+                self._sections.inspect(args, kwargs, reuse=False)
             with self._sections.own_pass() as own, self._sections.lesson(args, kwargs) as lesson:
                 logits = logits_of(self.student(*args, **kwargs))
                 shown |= {f"lit/{key}": error for key, error in self._sections.drift(lesson, own()).items()}
