@@ -38,6 +38,8 @@ _EXPORTS = {
     "ScatteringClassifier": "geometric_scattering",
     "ScatteringEncoder": "geometric_scattering",
     "ScatteringSVM": "geometric_scattering",
+    "LITDistillation": "lit",
+    "LITDistiller": "lit",
     "RobustGenerativeClassifier": "rog",
     "GenerativeClassifier": "rog",
     "DigitsDataModule": "data",
@@ -87,6 +89,8 @@ if TYPE_CHECKING:
     from lightning_methods.importance_weighting import PolyTailLoss as PolyTailLoss
     from lightning_methods.importance_weighting import VSLoss as VSLoss
     from lightning_methods.importance_weighting import WeightEffectMonitor as WeightEffectMonitor
+    from lightning_methods.lit import LITDistillation as LITDistillation
+    from lightning_methods.lit import LITDistiller as LITDistiller
     from lightning_methods.models import Classifier as Classifier
     from lightning_methods.rog import GenerativeClassifier as GenerativeClassifier
     from lightning_methods.rog import RobustGenerativeClassifier as RobustGenerativeClassifier

@@ -151,8 +151,13 @@ class SectionDistillation:
     def own_pass(self) -> Iterator[Callable[[], list[Call]]]:
         """Yield, for the student's own pass, what returns its sections' calls; its statistics may be another pass's."""
         others = self._submodules(1 if self.reuse else 0) if self.statistics == "teacher" else ()
-        with statistics_kept(others), self.student_tap.recording(clone=self._clone_own) as calls:
+        with statistics_kept(others), self.student_tap.recording(clone=self._clones_own) as calls:
             yield calls
+
+    @property
+    def _clones_own(self) -> bool:
+        # nothing is known of the student before it was looked at
+        return self._clone_own or (self.clone == "auto" and not self.is_inspected)
 
     def fed_losses(self, lesson: Lesson) -> dict[str, SectionOutcome]:
         """Run the student's sections on the teacher's inputs and return their losses by name.

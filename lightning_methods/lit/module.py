@@ -25,6 +25,7 @@ from lightning_methods.lit.ends import Ends
 from lightning_methods.lit.functional import SectionLoss, kd_terms
 from lightning_methods.lit.history import History
 from lightning_methods.lit.matching import call_arguments
+from lightning_methods.lit.measure import Example
 from lightning_methods.lit.outputs import accuracy, agreement, logits_of, size_of
 from lightning_methods.lit.phases import (
     PhasePlan,
@@ -175,6 +176,7 @@ class LITDistiller(OneFamily, LightningModule):
         self._optimizer_phase = 1
         self._restored_phase: int | None = None
         self._inspected = False
+        self._example: Example | None = None
         if teacher is None or mode == "scratch":
             return
         network = load_teacher(teacher, teacher_ckpt)
@@ -251,7 +253,7 @@ class LITDistiller(OneFamily, LightningModule):
             if not self.automatic_optimization:
                 raise UnsupportedTraining("LITDistiller optimises automatically; automatic_optimization=False was set.")
             self.plan = plan_phases(self.lit_epochs, self.finetune_epochs, self.trainer.max_epochs)
-            self._restored_phase, self._inspected = None, False
+            self._restored_phase, self._inspected, self._example = None, False, None
             if self.trainer.global_step == 0:
                 self.history = History()
         if self._sections is not None:
@@ -316,6 +318,8 @@ class LITDistiller(OneFamily, LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of the phase."""
         args, kwargs = call_arguments(inputs_of(batch, self.inputs))
+        if self._example is None:
+            self._example = Example(args, kwargs)
         options, phase = self.options, self.phase
         target = self._targets(batch, needed=options.uses_student(phase) and options.alpha > 0)
         if self._sections is None:
@@ -432,7 +436,7 @@ class LITDistiller(OneFamily, LightningModule):
         if self.plan is not None and self._optimizer_phase == 1:
             self._report_stitching()
         show_history(self.trainer, self.history, self.pairs)
-        show_networks(self.trainer, self, {"teacher": self.teacher, "student": self.student}, self._arguments_of)
+        show_networks(self.trainer, {"teacher": self.teacher, "student": self.student}, self._example)
 
     def _report_stitching(self) -> None:
         if self.stitch and self.teacher is not None:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from lightning_methods.core.passes import batches, preserved
+from lightning_methods.core.passes import preserved
 from lightning_methods.lit.history import History
-from lightning_methods.lit.measure import NetworkCost, cost_of
-from lightning_methods.lit.sections import Pair, first_tensor
+from lightning_methods.lit.measure import Example, NetworkCost, cost_of
+from lightning_methods.lit.sections import Pair
 from lightning_methods.lit.stitching import Hybrid
 from lightning_methods.report import PALETTE, curves, is_reporting, log_figure, log_table, new_figure
 
 
-def show_history(trainer: Any, history: History, pairs: Sequence[Pair]) -> None:
+def show_history(trainer: Any, history: History, pairs: Sequence[Pair], *, prefix: str = "lit") -> None:
     """Draw the sections' errors by epoch, and list the last ones.
 
     Args:
         trainer: the running trainer.
         history: what was measured.
         pairs: the sections.
+        prefix: first part of every key.
     """
     if not is_reporting(trainer):
         return
@@ -31,58 +31,49 @@ def show_history(trainer: Any, history: History, pairs: Sequence[Pair]) -> None:
         figure = curves(
             errors, title="Error of each section on the teacher's input", x_label="epoch", y_label="share of the target"
         )
-        log_figure(trainer, "lit/section_errors", figure)
+        log_figure(trainer, f"{prefix}/section_errors", figure)
     fed, alone = history.lines("lit/teacher_fed/"), history.lines("lit/student_fed/")
     if fed:
         lines = {f"{name}, teacher-fed": line for name, line in fed.items()}
         lines |= {f"{name}, student-fed": line for name, line in alone.items()}
         title = "How far errors carry: validation data"
-        log_figure(trainer, "lit/drift", curves(lines, title=title, x_label="epoch", y_label="share of the target"))
+        log_figure(
+            trainer, f"{prefix}/drift", curves(lines, title=title, x_label="epoch", y_label="share of the target")
+        )
     rows = []
     for pair in pairs:
         counts = [sum(p.numel() for p in stage.parameters()) for stage in (pair.teacher, pair.student)]
         keys = ("ir_rel", "teacher_fed", "student_fed")
         rows.append([pair.teacher.path, pair.name, *counts, *[history.last(f"lit/{k}/{pair.name}") for k in keys]])
     columns = ["teacher", "student", "teacher_parameters", "student_parameters"]
-    log_table(trainer, "lit/sections", [*columns, "error", "teacher_fed", "student_fed"], rows)
+    log_table(trainer, f"{prefix}/sections", [*columns, "error", "teacher_fed", "student_fed"], rows)
 
 
 def show_networks(
-    trainer: Any,
-    module: Any,
-    networks: Mapping[str, nn.Module],
-    arguments_of: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Any]],
+    trainer: Any, networks: Mapping[str, nn.Module], example: Example | None, *, prefix: str = "lit"
 ) -> None:
-    """List what the networks cost, measured on one batch of the validation or training data.
+    """List what the networks cost on some samples.
 
     Args:
         trainer: the running trainer.
-        module: the module that sees the batch.
         networks: by name; the first one is what the others are compared with.
-        arguments_of: from a batch to the arguments of the networks.
+        example: what they are given.
+        prefix: first part of every key.
     """
-    if not is_reporting(trainer):
+    if example is None or not is_reporting(trainer):
         return
     costs: dict[str, NetworkCost] = {}
-    for loader in ("val", "train"):
-        if costs or not _has(trainer, loader):
-            continue
-        with closing(batches(trainer, module, loader, description="LIT: cost of the networks", limit=1)) as read:  # type: ignore[type-var]
-            for batch in read:
-                args, kwargs, _ = arguments_of(batch)
-                tensor = first_tensor((args, kwargs))
-                with preserved(module):
-                    for name, network in networks.items():
-                        costs[name] = cost_of(network.eval(), args, kwargs, 1 if tensor is None else len(tensor))
-                break
-    rows = []
-    for name, cost in costs.items():
-        first = next(iter(costs.values()))
-        ratio = first.parameters / max(cost.parameters, 1)
-        rows.append([name, cost.parameters, cost.macs, cost.depth, 1e3 * cost.seconds, ratio])
-    if rows:
-        columns = ["network", "parameters", "macs", "depth", "milliseconds_per_sample", "compression"]
-        log_table(trainer, "lit/networks", columns, rows)
+    with trainer.precision_plugin.forward_context():
+        for name, network in networks.items():
+            with preserved(network):
+                costs[name] = cost_of(network.eval(), *example.arguments(network), example.samples)
+    first = next(iter(costs.values()))
+    rows = [
+        [name, c.parameters, c.macs, c.depth, 1e3 * c.seconds, first.parameters / max(c.parameters, 1)]
+        for name, c in costs.items()
+    ]
+    columns = ["network", "parameters", "macs", "depth", "milliseconds_per_sample", "compression"]
+    log_table(trainer, f"{prefix}/networks", columns, rows)
 
 
 def show_stitching(trainer: Any, hybrids: Sequence[Hybrid]) -> None:
@@ -120,9 +111,3 @@ def show_stitching(trainer: Any, hybrids: Sequence[Hybrid]) -> None:
     axes.set_title("Sections of the student in the teacher")
     axes.legend()
     log_figure(trainer, "lit/stitching", figure)
-
-
-def _has(trainer: Any, loader: str) -> bool:
-    limit = getattr(trainer, f"limit_{loader}_batches", 0)
-    loaders = trainer.val_dataloaders if loader == "val" else trainer.train_dataloader
-    return bool(limit) and loaders is not None
