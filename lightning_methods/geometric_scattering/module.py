@@ -17,7 +17,7 @@ from lightning_methods.errors import BatchFormat, InvalidArgument, ShapeMismatch
 from lightning_methods.geometric_scattering.encoder import ScatteringEncoder
 from lightning_methods.geometric_scattering.functional import Isolated
 from lightning_methods.geometric_scattering.standardize import Standardize
-from lightning_methods.geometric_scattering.transform import signal_of
+from lightning_methods.geometric_scattering.transform import edges_of, signal_of
 from lightning_methods.report import heatmap, log_figure
 
 
@@ -134,9 +134,7 @@ class ScatteringClassifier(OneFamily, LightningModule):
                     f"needed. Give the transform and the module the same J, Q, order and signals."
                 )
             return ready
-        x, edge_index = signal_of(batch), getattr(batch, "edge_index", None)
-        if edge_index is None:
-            raise BatchFormat("The batch has no edge_index. A batch of PyG graphs is needed.")
+        x, edge_index = signal_of(batch), edges_of(batch)
         if not self.encoder.learnable:
             x = x.double()  # the longest scales need it, and it costs little without a graph
         groups = getattr(batch, "batch", None)
