@@ -281,7 +281,7 @@ def test_what_cannot_be_explored_is_told_before_the_training(tmp_path):
         (DataLoader([graph], 1), BatchFormat, "class labels y"),
         (DataLoader([Data(**graph.to_dict(), y=torch.tensor([0.5]))], 1), BatchFormat, "whole numbers"),
         (DataLoader([Data(**graph.to_dict(), y=torch.tensor([[0, 1]]))], 1), BatchFormat, "class labels y"),
-        (DataLoader([Data(**graph.to_dict(), y=torch.tensor([0, 1]))], 1), ShapeMismatch, "1 graphs came with 2"),
+        (DataLoader([Data(**graph.to_dict(), y=torch.tensor([0, 1]))], 1), ShapeMismatch, "1 graphs and 2 labels"),
     ]
     for loader, error, says in cases:
         explorer = ScatteringExplorer(data=loader)
