@@ -144,17 +144,23 @@ class ScatteringClassifier(OneFamily, LightningModule):
     def forward(self, batch: Any) -> Tensor:
         """Return the logits (graphs, classes) of a batch of graphs."""
         features = self.features(batch)
-        if self.scaler is not None:
+        if self.scaler is not None and not self._trains_nothing():
             features = self.scaler(features)
         return self.head(features.to(next(self.head.parameters()).dtype))
 
     def on_fit_start(self) -> None:
         """Take the statistics of the features, unless a checkpoint or an earlier fit has brought them."""
-        if self.scaler is None or bool(self.scaler.fitted):
+        if self.scaler is None or bool(self.scaler.fitted) or self._trains_nothing():
             return
         self.trainer.fit_loop.setup_data()  # Lightning makes the training loader only after the sanity check
         splits = ("train",) if self.standardize == "train" else ("train", "val", "test")
         self.scaler.fit(self._all_features(splits))
+
+    def _trains_nothing(self) -> bool:
+        """Tell whether there are no statistics because a fit has no training batch (`limit_train_batches=0`)."""
+        if self.scaler is None or bool(self.scaler.fitted) or self._trainer is None:
+            return False
+        return self.trainer.state.fn == "fit" and self.trainer.limit_train_batches == 0
 
     def _all_features(self, splits: Sequence[str]) -> Iterator[Tensor]:
         for split in splits:
@@ -219,7 +225,8 @@ class ScatteringClassifier(OneFamily, LightningModule):
             metric.update(logits.detach().float(), targets)
             kept: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(targets), "prog_bar": True}
             self.log(f"{stage}/loss", loss.detach(), sync_dist=True, **kept)
-            self.log(f"{stage}/accuracy", metric, **kept)
+            # the name: Lightning finds a metric of a copied module by it alone
+            self.log(f"{stage}/accuracy", metric, metric_attribute=f"{stage}_accuracy", **kept)
         return loss
 
     def _log_scales(self) -> None:
