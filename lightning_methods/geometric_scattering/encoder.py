@@ -18,7 +18,7 @@ from lightning_methods.geometric_scattering.functional import (
     stranded,
     transition,
 )
-from lightning_methods.geometric_scattering.moments import feature_names, scattering_moments
+from lightning_methods.geometric_scattering.moments import feature_names, moment_contributions, scattering_moments
 
 # a one-hot row of the softmax up to 3e-8 for each other step: as good as fixed in single precision
 _SHARPNESS = 17.5
@@ -121,6 +121,20 @@ class ScatteringEncoder(nn.Module):
         batch_size: int | None = None,
     ) -> Tensor:
         """Return the features `(B, F')` of a batch of graphs."""
+        x, edges, weight, stuck = self._prepared(x, edge_index, edge_weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.from_transition(x, edges, weight, stuck, batch, batch_size)
+
+    @torch.no_grad()
+    def contributions(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None) -> Tensor:
+        """Return what each node of one graph adds to its features, `(nodes, F')`, see `moment_contributions`."""
+        x, edges, weight, stuck = self._prepared(x, edge_index, edge_weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return moment_contributions(self._coefficients(x, edges, weight, stuck), **self.moments)
+
+    def _prepared(
+        self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         if x.ndim == 1:
             x = x[:, None]
         if x.ndim != 2 or x.shape[1] != self.in_channels:
@@ -132,8 +146,7 @@ class ScatteringEncoder(nn.Module):
         x = x if x.dtype == torch.float64 else x.float()
         with torch.autocast(x.device.type, enabled=False):
             edges, weight, nodes = transition(edge_index, edge_weight, len(x), dtype=x.dtype, **self.walk)
-            stuck = self._stuck(edges, nodes, x.dtype)
-            return self.from_transition(x, edges, weight, stuck, batch, batch_size)
+        return x, edges, weight, self._stuck(edges, nodes, x.dtype)
 
     def from_transition(
         self,
@@ -154,9 +167,11 @@ class ScatteringEncoder(nn.Module):
             batch: to which graph each node belongs.
             batch_size: number of graphs; needed to compile.
         """
+        return scattering_moments(self._coefficients(x, edges, weight, stuck), batch, batch_size, **self.moments)
+
+    def _coefficients(self, x: Tensor, edges: Tensor, weight: Tensor, stuck: Tensor | None) -> Tensor:
         step = partial(self._step, edges=edges, weight=weight[:, None], stuck=stuck)
-        coefficients = scatter(x, self.paths, partial(self._bank, step=step))
-        return scattering_moments(coefficients, batch, batch_size, **self.moments)
+        return scatter(x, self.paths, partial(self._bank, step=step))
 
     def scales(self) -> Tensor:
         """Return how much each diffusion time 1, 2, ... is in each low-pass filter, `(J + 1, 2^J)`."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_methods.core._lightning import rank_zero_warn
+from lightning_methods.core.batches import describe_batch
 from lightning_methods.errors import BatchFormat, InvalidArgument, LightningMethodsWarning, check_choice, require
 from lightning_methods.geometric_scattering.functional import (
     Isolated,
@@ -19,7 +20,7 @@ from lightning_methods.geometric_scattering.functional import (
     scattering_coefficients,
     scattering_paths,
 )
-from lightning_methods.geometric_scattering.moments import feature_names, scattering_moments
+from lightning_methods.geometric_scattering.moments import feature_names, moment_contributions, scattering_moments
 from lightning_methods.geometric_scattering.structure import SIGNALS
 
 # entries of all coefficients that are held at a time
@@ -132,17 +133,28 @@ class GeometricScattering(GraphTransform):
     def features(self, data: Any) -> Tensor:
         """Return the features `(B, F')` of a graph or of a batch of graphs."""
         nodes, batch, graphs = _nodes_of(data)
-        edge_index = _edges_of(data)
-        weight = data.edge_weight if self.use_edge_weight and "edge_weight" in data else None
-        self._warn_of_direction(edge_index, weight, nodes)
-        signals = self._signals(data, nodes, batch)
-        P = lazy_random_walk(edge_index, weight, nodes, **self.walk)
+        P, signals = self._walk_and_signals(data, nodes, batch)
         width = max(1, _ELEMENTS // max(1, nodes * len(self.paths)))
         parts = [
             scattering_moments(scattering_coefficients(P, some, **self.filters), batch, graphs, **self.moments)
             for some in signals.split(width, 1)
         ]
         return torch.cat(parts, 1).to(self.walk["dtype"])
+
+    @torch.no_grad()
+    def contributions(self, data: Any) -> Tensor:
+        """Return what each node of one graph adds to its features, `(nodes, F')`, see `moment_contributions`."""
+        nodes, batch, graphs = _nodes_of(data)
+        if graphs != 1:
+            raise BatchFormat(f"There are {graphs} graphs; one is needed. Take them one by one from to_data_list().")
+        P, signals = self._walk_and_signals(data, nodes, batch)
+        return moment_contributions(scattering_coefficients(P, signals, **self.filters), **self.moments)
+
+    def _walk_and_signals(self, data: Any, nodes: int, batch: Tensor) -> tuple[Tensor, Tensor]:
+        edge_index = edges_of(data)
+        weight = data.edge_weight if self.use_edge_weight and "edge_weight" in data else None
+        self._warn_of_direction(edge_index, weight, nodes)
+        return lazy_random_walk(edge_index, weight, nodes, **self.walk), self._signals(data, nodes, batch)
 
     def transform_dataset(self, dataset: Iterable[Any], batch_nodes: int = 40_000) -> list[Any]:
         """Return copies of all graphs with their features, many graphs at a time.
@@ -194,7 +206,7 @@ class GeometricScattering(GraphTransform):
             if name == "x":
                 columns.append(signal_of(data).to(dtype))
             else:
-                columns.append(SIGNALS[name](_edges_of(data), batch, nodes)[:, None].to(dtype))
+                columns.append(SIGNALS[name](edges_of(data), batch, nodes)[:, None].to(dtype))
         signals = torch.cat(columns, 1)
         if not bool(signals.isfinite().all()):
             bad = (~signals.isfinite()).nonzero()[0].tolist()
@@ -230,7 +242,7 @@ class _Structural(GraphTransform):
     def forward(self, data: Any) -> Any:
         """Return the graph, or batch of graphs, with the signal in `data.x`."""
         nodes, batch, _ = _nodes_of(data)
-        signal = SIGNALS[self.name](_edges_of(data), batch, nodes)[:, None]
+        signal = SIGNALS[self.name](edges_of(data), batch, nodes)[:, None]
         x = data.x if self.cat and data.x is not None else None
         if x is None:
             data.x = signal.to(torch.get_default_dtype())
@@ -291,7 +303,7 @@ def signal_of(data: Any) -> Tensor:
     x = getattr(data, "x", None)
     if x is None:
         raise BatchFormat(
-            f"The graph has no node features x (it holds {', '.join(map(str, data.keys())) or 'nothing'}). Use "
+            f"There are no node features x in what was given, {describe_batch(data)}. Use "
             f"signals=('eccentricity', 'clustering'), or add such signals with the transforms of these names."
         )
     if x.ndim == 1:
@@ -301,22 +313,28 @@ def signal_of(data: Any) -> Tensor:
     return x
 
 
-def _edges_of(data: Any) -> Tensor:
+def edges_of(data: Any) -> Tensor:
+    """Return `data.edge_index`.
+
+    Raises:
+        BatchFormat: if there is none.
+    """
     edge_index = getattr(data, "edge_index", None)
     if edge_index is None:
         raise BatchFormat(
-            f"The graph has no edge_index (it holds {', '.join(map(str, data.keys())) or 'nothing'}). Of a graph with "
-            f"adj_t make one with torch_geometric.utils.to_edge_index."
+            f"There is no edge_index in what was given, {describe_batch(data)}. A graph or batch of PyG is needed; of "
+            f"one with adj_t make edges with torch_geometric.utils.to_edge_index."
         )
     return edge_index
 
 
 def _nodes_of(data: Any) -> tuple[int, Tensor, int]:
     """Return the number of nodes, to which graph each belongs, and the number of graphs."""
+    edge_index = edges_of(data)
     nodes = int(data.num_nodes or 0)
     batch = getattr(data, "batch", None)
     if batch is None:
-        return nodes, torch.zeros(nodes, dtype=torch.int64, device=_edges_of(data).device), 1
+        return nodes, torch.zeros(nodes, dtype=torch.int64, device=edge_index.device), 1
     # not what batch holds: the last graph may be empty
     return nodes, batch, int(data.num_graphs)
 
