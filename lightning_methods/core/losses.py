@@ -49,6 +49,9 @@ class LossParticipant(Protocol):
     def around_step(self, module: Any, batch: Any, batch_idx: int) -> AbstractContextManager[Any]:
         """Return what the user's `training_step` and all terms run inside of."""
 
+    def step_ended(self) -> None:
+        """Stop watching: what runs from now on, for the terms, is not the user's step."""
+
     def loss_term(self, step: TrainingStep) -> Tensor | None:
         """Return the scalar to add to `step.loss`, or `None`."""
 
@@ -153,6 +156,8 @@ class LossHub:
             for participant in self.participants:
                 stack.enter_context(participant.around_step(self.module, batch, batch_idx))
             output = run()
+            for participant in self.participants:
+                participant.step_ended()
             if not self.participants:
                 return output
             loss = self._loss_of(output)
@@ -388,6 +393,10 @@ class AuxiliaryLoss(Callback):
             return
         with self.taps.recording():
             yield
+
+    def step_ended(self) -> None:
+        """Capture nothing of what other terms run."""
+        self.taps.pause()
 
     def loss_term(self, step: TrainingStep) -> Tensor | None:
         """Return the weighted sum of the layers' terms, or `None` for a probe, and log them."""

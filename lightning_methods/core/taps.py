@@ -121,6 +121,10 @@ class FeatureTaps:
             self._recording = False
             self._captured.clear()
 
+    def pause(self) -> None:
+        """Capture nothing more until the window is opened again; what was captured in it can still be read."""
+        self._recording = False
+
     def read(self, *, missing: Literal["error", "skip"] = "error", mask: Tensor | None = None) -> dict[str, Tensor]:
         """Return the pooled tensors of the open window in execution order.
 

@@ -65,11 +65,14 @@ def section_distillation(
     )
 
 
-def made_ends(teacher: nn.Module, student: nn.Module, pairs: list[Pair], options: Settings) -> Ends:
-    """Return the student's ends, copied from the teacher's where the settings say so."""
+def made_ends(
+    teacher: nn.Module, student: nn.Module, pairs: list[Pair], options: Settings, *, resumed: bool = False
+) -> Ends:
+    """Return the student's ends, copied from the teacher's where the settings say so and no checkpoint brought them."""
     ends = Ends(student, [pair.student for pair in pairs])
-    left = ends.copy(teacher, [pair.teacher for pair in pairs]) if options.copies else []
-    if left:
+    stages = [pair.teacher for pair in pairs]
+    left = ends.copy(teacher, stages, only_names=resumed) if options.copies else []
+    if left and not resumed:
         rank_zero_warn(
             f"The teacher has no tensor of the same name and shape outside of its sections for {left[:5]}"
             f"{' and others' if len(left) > 5 else ''}: they keep their own values and are trained from the start.",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,6 +31,15 @@ from lightning_methods.lit.showing import show_history, show_networks
 from lightning_methods.lit.teachers import fingerprint, load_teacher
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """What the user's step is watched by: the whole student, its sections, and the precision it runs in."""
+
+    whole: Callable[[], list[Call]]
+    own: Callable[[], list[Call]]
+    precision: AbstractContextManager[Any]
+
+
 class LITDistillation(Callback):
     r"""Distil a teacher into the network of an unchanged module, section by section (Koratana et al. 2019).
 
@@ -50,7 +60,8 @@ class LITDistillation(Callback):
     Args:
         teacher: a network, or a model by name, see `load_teacher`.
         sections: see `LITDistiller`; names are those within the student.
-        student: the module's attribute that is the student: its output is logits, or has them.
+        student: the module's attribute that is the student, `None` for the module itself where its training step calls
+            `self(...)`; its output is logits, or has them.
         mode: `"lit"`, `"kd"`, `"kd_copied_ends"` or `"fitnets"`, see `LITDistiller`.
         alpha, beta, temperature, soft, section_loss, section_weights: see `LITDistiller`.
         lit_epochs, finetune_epochs: how long the phases last; by default the training is divided as 175 to 125.
@@ -82,7 +93,7 @@ class LITDistillation(Callback):
         teacher: nn.Module | str,
         sections: Sections = "auto",
         *,
-        student: str = "net",
+        student: str | None = "net",
         mode: Mode = "lit",
         alpha: float = 0.95,
         beta: float = 0.75,
@@ -124,7 +135,7 @@ class LITDistillation(Callback):
         self._parts: SectionDistillation | None = None
         self._ends: Ends | None = None
         self._whole: SectionTap | None = None
-        self._own: Any = None
+        self._watched: _Watched | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -163,12 +174,8 @@ class LITDistillation(Callback):
         self._parts = section_distillation(
             teacher, student, pairs, self.options, None, self.clone_features, self.sequential_backward
         )
-        if trainer.global_step == 0:
-            self._ends = made_ends(teacher, student, pairs, self.options)
-        else:  # a checkpoint has brought them
-            self._ends = Ends(student, [pair.student for pair in pairs])
-            self._ends.copied = {n for n in self._ends.names if self.options.copies}
-        self._whole = SectionTap([Stage(self.student, (student,), (self.student,))], "module")
+        self._ends = made_ends(teacher, student, pairs, self.options, resumed=trainer.global_step > 0)
+        self._whole = SectionTap([Stage(self.student or "forward", (student,), ("",))], "module")
         LossHub.join(pl_module, self)
         self._module = pl_module
         self._parts.attach()
@@ -176,6 +183,8 @@ class LITDistillation(Callback):
         rank_zero_info(f"LITDistillation: sections {', '.join(p.name for p in pairs)} of {self.student!r}")
 
     def _found(self, module: Any) -> nn.Module:
+        if self.student is None:
+            return module
         layers = dict(named_layers_first(module))
         if self.student not in layers:
             raise LayerNotFound(
@@ -292,36 +301,42 @@ class LITDistillation(Callback):
         assert self._parts is not None
         with ExitStack() as stack:
             whole = stack.enter_context(self._whole.recording())
-            sections: Any = list
+            own: Any = list
             if self.options.uses_sections(self._phase(module.current_epoch)):
-                sections = stack.enter_context(self._parts.own_pass())
+                own = stack.enter_context(self._parts.own_pass())
             device = module.device.type
             # the hub computes terms outside of autocast; networks run inside of what the user's step ran in
             half = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-            self._own = (whole, sections, half)
+            self._watched = _Watched(whole, own, half)
             try:
                 yield
             finally:
-                self._own = None
+                self._watched = None
+
+    def step_ended(self) -> None:
+        """Take what the student did in the user's step, and watch no longer."""
+        if self._watched is not None and self._whole is not None and self._parts is not None:
+            self._whole.pause()
+            self._parts.student_tap.pause()
 
     def loss_term(self, step: TrainingStep) -> Tensor:
         """Return what makes the user's loss that of the phase."""
         assert self._parts is not None
-        whole, sections, half = self._own
-        (call,) = whole()
+        assert self._watched is not None
+        (call,) = self._watched.whole()
         if call.is_overwritten():
             raise TensorOverwritten(
                 f"What {self.student!r} was given or returned was changed in place in the training step, so that the "
                 f"teacher cannot be given the same. Leave out the in-place operation on it."
             )
-        own = sections()
+        own = self._watched.own()
         phase = self._phase(step.module.current_epoch)
         if self._example is None:
             self._example = Example(call.args, call.kwargs)
         options, logits = self.options, logits_of(call.output)
         shown: dict[str, Tensor | float] = {"phase": float(phase)}
         regression: Tensor | None = None
-        with half:
+        with self._watched.precision:
             if options.uses_sections(phase):
                 taught, regression = self._section_terms(self._parts, call, own, shown)
             else:

@@ -105,8 +105,12 @@ class SectionTap:
             self._open = False
             self._calls.clear()
 
-    def _read(self) -> list[Call]:
+    def pause(self) -> None:
+        """Record nothing more until `recording` is entered again; what was recorded can still be read."""
         self._open = False
+
+    def _read(self) -> list[Call]:
+        self.pause()
         absent = [stage.path for i, stage in enumerate(self.stages) if i not in self._calls]
         if absent:
             raise TapNotCalled(_NOT_CALLED.format(names=absent, kind=self.kind))

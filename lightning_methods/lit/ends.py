@@ -46,12 +46,13 @@ class Ends:
         named = _outside(self.student, self.stages)
         return [x for n, x in named.items() if isinstance(x, nn.Parameter) and (not self.copied or n in self.copied)]
 
-    def copy(self, teacher: nn.Module, stages: Sequence[Stage]) -> list[str]:
+    def copy(self, teacher: nn.Module, stages: Sequence[Stage], *, only_names: bool = False) -> list[str]:
         """Take every tensor that the teacher has outside of its sections under the same name and of the same shape.
 
         Args:
             teacher: the network to take from.
             stages: its sections.
+            only_names: whether to note only what has a counterpart, since a checkpoint has brought the values.
 
         Returns:
             The names of the student's tensors that the teacher has not so.
@@ -62,7 +63,8 @@ class Ends:
         with torch.no_grad():
             for name, tensor in _outside(self.student, self.stages).items():
                 if name in theirs and theirs[name].shape == tensor.shape:
-                    tensor.copy_(theirs[name])
+                    if not only_names:
+                        tensor.copy_(theirs[name])
                     self.copied.add(name)
                 else:
                     left.append(name)

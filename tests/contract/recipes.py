@@ -24,10 +24,20 @@ from lightning_methods.cka import RepresentationSimilarity
 from lightning_methods.errors import UnsupportedTraining
 from lightning_methods.geometric_scattering import ScatteringExplorer
 from lightning_methods.importance_weighting import ImportanceWeighting, WeightEffectMonitor
+from lightning_methods.lit import LITDistillation
 from lightning_methods.rog import RobustGenerativeClassifier
 from lightning_methods.snnl import DeepKNN, Entanglement, SoftNearestNeighborLoss
 from lightning_methods.snnl.functional import feature_rows, soft_nearest_neighbor_loss
 from lightning_methods.snnl.temperature import median_temperature, paper_temperature_step
+from tests.contract.distillation import (
+    CHOICES,
+    DistilledByHand,
+    DistilledModule,
+    StudentByHand,
+    StudentModule,
+    Untaught,
+    made_teacher,
+)
 from tests.contract.graphs import GRAPHS, ScatteringByHand, ScatteringModule, TinyGraphModule, Unscattered
 from tests.support.training import ROWS, WIDTH, Samples, Settings, TinyModule
 
@@ -401,5 +411,32 @@ RECIPES = [
         tables=("scattering/dimensions", "scattering/distances_table", "scattering/nearest_table"),
         plain=TinyGraphModule,
         samples=GRAPHS,
+    ),
+    Recipe(
+        "lit-distiller",
+        "lit",
+        "`LITDistiller`",
+        module=DistilledModule,
+        reference=DistilledByHand,
+        refused={"manual": UnsupportedTraining, "foreign": UnsupportedTraining},
+        scalars=("train/loss", "lit/kd_soft", "lit/phase", "val/agreement", "lit/student_fed/second"),
+        figures=("lit/section_errors", "lit/drift"),
+        tables=("lit/sections", "lit/networks"),
+        plain=Untaught,
+        inner=("student.first", "student.second"),
+        beside=("importance-weighting",),
+    ),
+    Recipe(
+        "lit-distillation",
+        "lit",
+        "`LITDistillation`",
+        callbacks=lambda: [LITDistillation(made_teacher(), ["first", "second"], student=None, **CHOICES)],
+        module=StudentModule,
+        reference=StudentByHand,
+        refused={"manual": UnsupportedTraining},
+        scalars=("lit/loss", "lit/kd_soft", "lit/phase"),
+        figures=("lit/section_errors",),
+        tables=("lit/sections", "lit/networks"),
+        plain=StudentModule,
     ),
 ]
