@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_methods.core._lightning import Callback, rank_zero_info
-from lightning_methods.core.gather import world_size
+from lightning_methods.core.gather import gather_sizes, world_size
 from lightning_methods.core.layers import named_layers_first
 from lightning_methods.core.losses import LossHub, TrainingStep
 from lightning_methods.core.means import EpochMeans
@@ -174,7 +174,7 @@ class LITDistillation(Callback):
         self._parts = section_distillation(
             teacher, student, pairs, self.options, None, self.clone_features, self.sequential_backward
         )
-        self._ends = made_ends(teacher, student, pairs, self.options, resumed=trainer.global_step > 0)
+        self._ends = made_ends(teacher, student, pairs, self.options, resumed=trainer.ckpt_path is not None)
         self._whole = SectionTap([Stage(self.student or "forward", (student,), ("",))], "module")
         LossHub.join(pl_module, self)
         self._module = pl_module
@@ -343,13 +343,14 @@ class LITDistillation(Callback):
                 taught = logits_of(self._parts.run_teacher(call.args, call.kwargs))
         _, soft = kd_terms(logits, taught, None, alpha=0.0, temperature=options.temperature, soft=options.soft)
         share = options.share(phase)
-        term = share * (1 - options.alpha) * options.temperature**2 * soft + (share * options.alpha - 1) * step.loss
+        term = share * (1 - options.alpha) * options.temperature**2 * soft
         if regression is not None:
             term = term + (1 - options.beta) * regression
             shown["ir"] = regression
-        shown |= {"kd_soft": soft, "loss": step.loss + term}
-        self._means.add(shown, size_of(call.args, call.kwargs))
-        return term
+        size = size_of(call.args, call.kwargs)
+        shown |= {"kd_soft": soft, "loss": share * options.alpha * step.loss + term}
+        self._means.add(shown, size)
+        return _rows_share(size, term.device) * term + (share * options.alpha - 1) * step.loss
 
     def _section_terms(
         self, parts: SectionDistillation, call: Call, own: Sequence[Call], shown: dict[str, Tensor | float]
@@ -363,3 +364,10 @@ class LITDistillation(Callback):
             for name, outcome in outcomes.items():
                 shown |= {f"ir/{name}": outcome.loss, f"ir_rel/{name}": outcome.relative}
             return logits_of(lesson.output), parts.total(outcomes)
+
+
+def _rows_share(rows: int, device: torch.device) -> float:
+    """Return the factor that makes the mean over ranks of means over unequal batches the mean over all rows."""
+    if world_size() == 1:
+        return 1.0
+    return rows * world_size() / sum(gather_sizes(rows, device))

@@ -70,6 +70,10 @@ class SectionTap:
         self._calls: dict[int, list[Call]] = {}
         self._open = self._clone = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # the hooks of a copied network do nothing: its tap has yet to attach its own, and holds no features
+        return {**vars(self), "_handles": [], "_calls": {}, "_open": False}
+
     def attach(self) -> None:
         """Register the hooks; harmless when called twice."""
         if self._handles:

@@ -35,6 +35,7 @@ class Ends:
         self.copied: set[str] = set()
         self._modes: list[tuple[nn.Module, bool]] | None = None
         self._frozen: list[nn.Parameter] = []
+        self._witness: nn.Module | None = None
 
     @property
     def names(self) -> list[str]:
@@ -75,6 +76,8 @@ class Ends:
         if self._modes is None:
             self._modes = [(m, m.training) for m in self._still()]
             self._frozen = self.parameters()
+            trained = (m for stage in self.stages for m in stage.submodules() if m.training)
+            self._witness = next(trained, None)
         for module, _ in self._modes:
             module.training = False
 
@@ -95,9 +98,11 @@ class Ends:
 
     def thaw(self) -> None:
         """Put the modules back into the modes that they had; harmless when called twice."""
+        # after a crash in validation all of the network is in eval mode, and stays in it
+        evaluated = self._witness is not None and not self._witness.training
         for module, training in self._modes or ():
-            module.training = training
-        self._modes, self._frozen = None, []
+            module.training = training and not evaluated
+        self._modes, self._frozen, self._witness = None, [], None
 
     def drop_gradients(self) -> None:
         """Leave nothing of frozen ends for the optimizer, the clipping and the weight decay to act on."""

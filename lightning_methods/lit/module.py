@@ -174,6 +174,7 @@ class LITDistiller(OneFamily, LightningModule):
         self._ends: Ends | None = None
         self._outside: Outside | None = None
         self._optimizer_phase = 1
+        self._scheduled: Any = None
         self._restored_phase: int | None = None
         self._inspected = False
         self._example: Example | None = None
@@ -187,10 +188,12 @@ class LITDistiller(OneFamily, LightningModule):
             self.adapters = made_adapters(adapters, network, student, pairs, input_shape, fed=mode == "lit")
         if stitch:
             check_stitching(pairs, adapters)
-        self._sections = section_distillation(
-            network, student, pairs, self.options, self.adapters, clone_features, sequential_backward
-        )
-        self._ends = made_ends(network, student, pairs, self.options)
+        self._manner = (clone_features, sequential_backward)
+        self._build(network, pairs, resumed=False)
+
+    def _build(self, teacher: nn.Module, pairs: list[Pair], *, resumed: bool) -> None:
+        self._sections = section_distillation(teacher, self.student, pairs, self.options, self.adapters, *self._manner)
+        self._ends = made_ends(teacher, self.student, pairs, self.options, resumed=resumed)
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -256,7 +259,11 @@ class LITDistiller(OneFamily, LightningModule):
             self._restored_phase, self._inspected, self._example = None, False, None
             if self.trainer.global_step == 0:
                 self.history = History()
-        if self._sections is not None:
+        if self._sections is not None and self.teacher is not None:
+            # parts may have been compiled, wrapped or replaced since
+            names = [(pair.teacher.path, pair.student.path) for pair in self.pairs]
+            self.release()
+            self._build(self.teacher, find_pairs(self.teacher, self.student, names), resumed=True)
             self._sections.attach()
 
     def teardown(self, stage: str) -> None:
@@ -278,7 +285,8 @@ class LITDistiller(OneFamily, LightningModule):
         if phase == 2:
             set_learning_rate(optimizer, self.finetune_lr)
         self._optimizer_phase = phase
-        return {"optimizer": optimizer, "lr_scheduler": {**scheduled(self._schedule(optimizer, phase))}}
+        self._scheduled = self._schedule(optimizer, phase)
+        return {"optimizer": optimizer, "lr_scheduler": scheduled(self._scheduled)}
 
     def _schedule(self, optimizer: Optimizer, phase: int) -> LRScheduler:
         assert self.plan is not None
@@ -299,7 +307,7 @@ class LITDistiller(OneFamily, LightningModule):
         phase = self.phase
         if phase == 2 and self._optimizer_phase == 1:
             self._report_stitching()
-            restart(self.trainer, self.finetune_lr, lambda optimizer: self._schedule(optimizer, 2))
+            restart(self.trainer, self._scheduled, self.finetune_lr, lambda optimizer: self._schedule(optimizer, 2))
             self._optimizer_phase = 2
             rank_zero_info(f"LITDistiller: phase 2 begins at epoch {self.trainer.current_epoch}, all of it is trained")
         if self._ends is not None:

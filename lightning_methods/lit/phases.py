@@ -126,16 +126,20 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr * (own / before[0])
 
 
-def restart(trainer: Any, lr: float, schedule: Callable[[Optimizer], Any]) -> None:
+def restart(trainer: Any, former: Any, lr: float, schedule: Callable[[Optimizer], Any]) -> None:
     """Start the trainer's optimizer anew: no momentum, another learning rate, another schedule.
 
     Args:
         trainer: the running trainer, with one optimizer and one scheduler.
+        former: the scheduler of the phase that ends; where another callback, such as weight averaging, has put its own
+            into its place, learning rates are left to that one.
         lr: the learning rate.
         schedule: makes the scheduler.
     """
     (optimizer,) = trainer.optimizers
     optimizer.state.clear()
+    if all(config.scheduler is not former for config in trainer.lr_scheduler_configs):
+        return
     set_learning_rate(optimizer, lr)
     settings = scheduled(schedule(optimizer))
     (config,) = trainer.lr_scheduler_configs

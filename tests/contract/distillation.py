@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,9 +25,8 @@ class TinyNet(nn.Module):
         super().__init__()
         self.settings = settings or Settings()
         noise = [nn.BatchNorm1d(WIDTH), nn.Dropout(0.2)] if self.settings.stochastic else []
-        deeper = [layer for _ in range(depth - 1) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
-        self.first = nn.Sequential(nn.Linear(FEATURES, WIDTH), nn.ReLU(), *deeper, *noise)
-        self.second = nn.Sequential(*deeper, nn.Linear(WIDTH, WIDTH), nn.Tanh())
+        self.first = nn.Sequential(nn.Linear(FEATURES, WIDTH), nn.ReLU(), *_deeper(depth), *noise)
+        self.second = nn.Sequential(*_deeper(depth), nn.Linear(WIDTH, WIDTH), nn.Tanh())
         self.head = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,6 +34,10 @@ class TinyNet(nn.Module):
         if self.settings.checkpointing and torch.is_grad_enabled():
             return self.head(checkpoint(self.second, first, use_reentrant=False))
         return self.head(self.second(first))
+
+
+def _deeper(depth: int) -> list[nn.Module]:
+    return [layer for _ in range(depth - 1) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
 
 
 def made_teacher() -> TinyNet:
@@ -57,22 +61,19 @@ class StudentModule(TinyModule):
         return {"head": self(x)}
 
 
-def distilled(student: Any, x: Tensor, loss: Tensor, logits: Tensor, first: Tensor, phase: int) -> Tensor:
-    """Return what LIT makes of a loss, from what went through the student."""
+def lesson(teacher: TinyNet, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the sections of the teacher give, and its logits."""
     with torch.no_grad():
-        teacher = student.taught_by
         t1 = teacher.first(x)
         t2 = teacher.second(t1)
-        taught = teacher.head(t2)
-    second = student.second(t1) if phase == 1 else None
+        return t1, t2, teacher.head(t2)
+
+
+def errors(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the sections' losses."""
     with torch.autocast("cpu", enabled=False):
-        soft = kd_loss(logits, taught, alpha=0.0, temperature=TEMPERATURE) / TEMPERATURE**2
-        kd = ALPHA * loss + (1 - ALPHA) * TEMPERATURE**2 * soft
-        if second is None:
-            return kd
-        wide = torch.promote_types(first.dtype, torch.float32)
-        errors = F.mse_loss(first.to(wide), t1.to(wide)) + F.mse_loss(second.to(wide), t2.to(wide))
-        return BETA * kd + (1 - BETA) * errors
+        wide = torch.promote_types(given[0].dtype, torch.float32)
+        return torch.stack([F.mse_loss(a.to(wide), b.to(wide)) for a, b in zip(given, wanted, strict=True)]).sum()
 
 
 class _ByHand:
@@ -111,7 +112,16 @@ class StudentByHand(_ByHand, StudentModule):
 
     def total_loss(self, layers: dict[str, Tensor], y: Tensor) -> Tensor:
         loss = self.own_loss(layers["head"], y)
-        return distilled(self, layers["x"], loss, layers["head"], layers["first"], self.phase_by_hand)
+        t1, t2, taught = lesson(self.taught_by, layers["x"])
+        first = self.phase_by_hand == 1
+        regression = errors([layers["first"], self.second(t1)], [t1, t2]) if first else None
+        with torch.autocast("cpu", enabled=False):
+            share = BETA if first else 1.0
+            soft = kd_loss(layers["head"], taught, alpha=0.0, temperature=TEMPERATURE) / TEMPERATURE**2
+            term = share * (1 - ALPHA) * TEMPERATURE**2 * soft
+            if regression is not None:
+                term = term + (1 - BETA) * regression
+            return loss + (term + (share * ALPHA - 1) * loss)
 
 
 class DistilledModule(LITDistiller):
@@ -150,11 +160,13 @@ class DistilledByHand(_ByHand, DistilledModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
+        t1, t2, taught = lesson(self.student.taught_by, x)
+        fed = self.student.second(t1) if self.phase_by_hand == 1 else None
         first = self.student.first(x)
         logits = self.student.head(self.student.second(first))
-        with torch.autocast("cpu", enabled=False):
-            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y)
-        total = distilled(self.student, x, loss, logits, first, self.phase_by_hand)
+        total = kd_loss(logits, taught, y, alpha=ALPHA, temperature=TEMPERATURE)
+        if fed is not None:
+            total = BETA * total + (1 - BETA) * errors([first, fed], [t1, t2])
         return total if self.settings.divisor is None else total * len(y) / self.settings.divisor
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -424,7 +424,7 @@ RECIPES = [
         tables=("lit/sections", "lit/networks"),
         plain=Untaught,
         inner=("student.first", "student.second"),
-        beside=("importance-weighting",),
+        beside=("weight-effect",),
     ),
     Recipe(
         "lit-distillation",

@@ -59,9 +59,9 @@ def test_compiled_inner_modules(recipe, runs, assert_equal, form):
     def prepare(module):
         for name in recipe.inner:
             if form == "in place":
-                getattr(module, name).compile(backend="aot_eager")
+                module.get_submodule(name).compile(backend="aot_eager")
             else:
-                setattr(module, name, torch.compile(getattr(module, name), backend="aot_eager"))
+                module.set_submodule(name, torch.compile(module.get_submodule(name), backend="aot_eager"))
 
     assert_equal(*runs(prepare=prepare))
 
