@@ -30,6 +30,9 @@ from lightning_methods.lit.settings import Mode, Settings
 from lightning_methods.lit.showing import show_history, show_networks
 from lightning_methods.lit.teachers import fingerprint, load_teacher
 
+# the mean square of a section's error and of its target: the share of an epoch is theirs, not a mean of shares
+_ERROR, _SIZE = "error/", "size/"
+
 
 @dataclass(frozen=True)
 class _Watched:
@@ -228,6 +231,11 @@ class LITDistillation(Callback):
 
     def _close_epoch(self) -> dict[str, float]:
         means = self._means.close()
+        errors = [key for key in means if key.startswith(_ERROR)]
+        for key in errors:
+            name = key.removeprefix(_ERROR)
+            size = means.pop(_SIZE + name)
+            means[f"ir_rel/{name}"] = means.pop(key) / size if size else 0.0
         self.history.add(self._epoch, {f"lit/{key}": value for key, value in means.items()})
         return means
 
@@ -347,10 +355,12 @@ class LITDistillation(Callback):
         if regression is not None:
             term = term + (1 - options.beta) * regression
             shown["ir"] = regression
-        size = size_of(call.args, call.kwargs)
-        shown |= {"kd_soft": soft, "loss": share * options.alpha * step.loss + term}
-        self._means.add(shown, size)
-        return _rows_share(size, term.device) * term + (share * options.alpha - 1) * step.loss
+        self._means.add({**shown, "kd_soft": soft}, rows := size_of(call.args, call.kwargs))
+        # means over the rows of a rank become the mean over all rows, also where the ranks' batches are unequal
+        sizes = gather_sizes(rows, term.device)
+        term = rows * len(sizes) / sum(sizes) * term
+        self._means.add({"loss": share * options.alpha * step.loss + term}, sum(sizes))
+        return term + (share * options.alpha - 1) * step.loss
 
     def _section_terms(
         self, parts: SectionDistillation, call: Call, own: Sequence[Call], shown: dict[str, Tensor | float]
@@ -362,12 +372,5 @@ class LITDistillation(Callback):
         with parts.lesson(call.args, call.kwargs) as lesson:
             outcomes = parts.fed_losses(lesson) | parts.own_losses(lesson, own)
             for name, outcome in outcomes.items():
-                shown |= {f"ir/{name}": outcome.loss, f"ir_rel/{name}": outcome.relative}
+                shown |= {f"ir/{name}": outcome.loss, _ERROR + name: outcome.error, _SIZE + name: outcome.size}
             return logits_of(lesson.output), parts.total(outcomes)
-
-
-def _rows_share(rows: int, device: torch.device) -> float:
-    """Return the factor that makes the mean over ranks of means over unequal batches the mean over all rows."""
-    if world_size() == 1:
-        return 1.0
-    return rows * world_size() / sum(gather_sizes(rows, device))

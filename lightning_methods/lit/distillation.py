@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from lightning_methods.errors import InvalidArgument, ShapeMismatch, TensorOverw
 from lightning_methods.lit.adapters import Adapter
 from lightning_methods.lit.capture import Call, SectionTap
 from lightning_methods.lit.early import early_loss
-from lightning_methods.lit.functional import SectionLoss, relative_error, section_loss
+from lightning_methods.lit.functional import SectionLoss, mean_squares, relative_error, section_loss
 from lightning_methods.lit.matching import observed, section_table
 from lightning_methods.lit.norms import statistics_kept
 from lightning_methods.lit.sections import Pair, tensors_in
@@ -39,10 +39,16 @@ class Lesson:
 
 @dataclass(frozen=True)
 class SectionOutcome:
-    """The loss of one section, in the graph, and its relative error, out of it."""
+    """The loss of one section, in the graph, and out of it the mean squares of its error and of its target."""
 
     loss: Tensor
-    relative: Tensor
+    error: Tensor
+    size: Tensor
+
+    @property
+    def relative(self) -> Tensor:
+        """Return the error as a share of the target."""
+        return self.error / self.size.clamp(min=torch.finfo(self.size.dtype).tiny)
 
 
 class SectionDistillation:
@@ -291,7 +297,7 @@ class SectionDistillation:
             outcome.append(self._outcome(i, *self._run(i, call)))
             return outcome[0].loss
 
-        return SectionOutcome(early_loss(loss, parameters), outcome[0].relative)
+        return replace(outcome[0], loss=early_loss(loss, parameters))
 
     def _run(self, i: int, call: Call) -> tuple[Tensor, Tensor]:
         args, kwargs = call.args, call.kwargs
@@ -310,7 +316,7 @@ class SectionDistillation:
     def _outcome(self, i: int, output: Tensor, target: Tensor) -> SectionOutcome:
         loss = section_loss(output, target, self.loss, name=self.pairs[i].name)
         with torch.no_grad():
-            return SectionOutcome(loss, relative_error(output, target))
+            return SectionOutcome(loss, *mean_squares(output, target))
 
     def _submodules(self, first: int, last: int | None = None) -> list[nn.Module]:
         return [m for pair in self.pairs[first:last] for m in pair.student.submodules()]

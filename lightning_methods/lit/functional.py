@@ -184,9 +184,19 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
         >>> relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]))
         tensor(0.1000)
     """
+    error, size = mean_squares(output, target)
+    return error / size.clamp(min=torch.finfo(size.dtype).tiny)
+
+
+def mean_squares(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean squares of the error and of the target, in float32 or better.
+
+    Example:
+        >>> mean_squares(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]))
+        (tensor(0.5000), tensor(5.))
+    """
     output, target = _precise(output), _precise(target)
-    tiny = torch.finfo(target.dtype).tiny
-    return (output - target).square().mean() / target.square().mean().clamp(min=tiny)
+    return (output - target).square().mean(), target.square().mean()
 
 
 def check_distillation(alpha: float, temperature: float, soft: str) -> None:
