@@ -297,7 +297,8 @@ class SectionDistillation:
             outcome.append(self._outcome(i, *self._run(i, call)))
             return outcome[0].loss
 
-        return replace(outcome[0], loss=early_loss(loss, parameters))
+        early = early_loss(loss, parameters)
+        return replace(outcome.pop(), loss=early)
 
     def _run(self, i: int, call: Call) -> tuple[Tensor, Tensor]:
         args, kwargs = call.args, call.kwargs
