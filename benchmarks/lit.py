@@ -153,7 +153,9 @@ def main() -> None:
     }
     for name, row in timing_rows(timings).items():
         table.rows.append([name, *row, f"{memory[name]:.0f}"])
-    table.note = "Peak MB: what the first step adds to the memory in use before it, each measured in a process of its own."
+    table.note = (
+        "Peak MB: what the first step adds to the memory in use before it, each measured in a process of its own."
+    )
     gates = Table("Limits", ["", "measured", "limit", ""])
     for name, limit in ({"LIT": 1.3} if device == "cuda" else LIMITS).items():
         ratio = timings[name].median / timings["distillation by hand"].median

@@ -41,7 +41,7 @@ class Call:
 
     def is_overwritten(self) -> bool:
         """Tell whether a tensor was changed in place since the section got or returned it."""
-        return self.versions is not None and self.versions != _versions((self.args, self.kwargs, self.output))
+        return self.versions is not None and self.versions != versions_of((self.args, self.kwargs, self.output))
 
 
 class SectionTap:
@@ -102,7 +102,8 @@ class SectionTap:
             UnsupportedTraining: from that function, if a section ran several times, or not in the order given.
         """
         self._calls.clear()
-        self._open, self._clone = True, clone
+        # inference tensors count no versions: a copy made now cannot be overwritten
+        self._open, self._clone = True, clone or torch.is_inference_mode_enabled()
         try:
             yield self._read
         finally:
@@ -134,7 +135,7 @@ class SectionTap:
     def _entered(self, i: int, args: Any, kwargs: Any) -> None:
         if self._clone:
             args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
-        self._calls.setdefault(i, []).append(Call(args, dict(kwargs), _versions((args, kwargs))))
+        self._calls.setdefault(i, []).append(Call(args, dict(kwargs), versions_of((args, kwargs))))
 
     def _left(self, i: int, output: Any) -> None:
         if i not in self._calls:
@@ -142,7 +143,7 @@ class SectionTap:
         call = self._calls[i][-1]
         call.output = tree_map_only(Tensor, torch.clone, output) if self._clone else output
         if call.versions is not None:  # those of the input are from before the section ran
-            call.versions = [*call.versions, *(_versions(call.output) or [])]
+            call.versions = [*call.versions, *(versions_of(call.output) or [])]
 
     def _listens_to(self, hooked: nn.Module, module: nn.Module) -> bool:
         # a shallow copy of a network shares its hooks; activation checkpointing runs it again in the backward pass
@@ -173,7 +174,8 @@ class _Exit(_Hook):
             self.tap._left(self.place, output)
 
 
-def _versions(value: Any) -> list[int] | None:
+def versions_of(value: Any) -> list[int] | None:
+    """Return how often each tensor was changed in place; `None` in compiled code."""
     if torch.compiler.is_compiling():  # functionalised graphs do not count versions, and overwrite nothing
         return None
     return [0 if x.is_inference() else x._version for x in tensors_in(value)]

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_methods.core.passes import preserved
 from lightning_methods.errors import InvalidArgument, ShapeMismatch, TensorOverwritten, UnsupportedTraining
 from lightning_methods.lit.adapters import Adapter
-from lightning_methods.lit.capture import Call, SectionTap
+from lightning_methods.lit.capture import Call, SectionTap, versions_of
 from lightning_methods.lit.early import early_loss
 from lightning_methods.lit.functional import SectionLoss, mean_squares, relative_error, section_loss
 from lightning_methods.lit.matching import observed, section_table
@@ -262,11 +262,11 @@ class SectionDistillation:
         if self.fed_by == "student" and own is not None:
             output, target = self._adapted(i, own[i].tensor, call.tensor)
             return tuple(output.shape), tuple(target.shape)
-        before = [x._version for x in tensors_in((call.args, call.kwargs))]
+        before = versions_of((call.args, call.kwargs))
         # what overwrites its input in training only shows by its setting
         inplace = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.inplace for m in self._submodules(i, i + 1))
         output, target = self._run(i, call)
-        if inplace or before != [x._version for x in tensors_in((call.args, call.kwargs))]:
+        if inplace or before != versions_of((call.args, call.kwargs)):
             if self.clone is False:
                 raise TensorOverwritten(_OVERWRITTEN.format(name=self.pairs[i].student.path, kind="student"))
             self._clone_inputs.add(i)

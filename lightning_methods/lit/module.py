@@ -392,15 +392,15 @@ class LITDistiller(OneFamily, LightningModule):
         unused = self._ends.parameters() if ends and self._ends is not None else list(self.adapters.parameters())
         return sum((p.flatten()[:0].sum().float() for p in unused if p.requires_grad), 0.0)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure a batch."""
         self._evaluate("val", batch)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure a batch."""
         self._evaluate("test", batch)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the student's class probabilities, in float32."""
         args, kwargs = call_arguments(inputs_of(batch, self.inputs))
         return logits_of(self.student(*args, **kwargs)).float().softmax(1)

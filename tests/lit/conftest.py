@@ -14,6 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_methods.lit import LITDistiller
 
+QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET |= {"enable_checkpointing": False, "accelerator": "cpu", "devices": 1}
+
 
 def dense(depth: int, *, norm: type[nn.Module] | None = None, width: int = 8, classes: int = 3) -> nn.Sequential:
     """Return stem, two sections of some layers, and a head."""
@@ -54,9 +57,7 @@ def distiller(norm: type[nn.Module] | None = None, *, seed: int = 0, **settings:
 
 
 def fit(module: LITDistiller, folder: Path, *, data: Any = None, ckpt_path: Any = None, **settings: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    quiet |= {"enable_checkpointing": False, "max_epochs": 4, "accelerator": "cpu", "devices": 1}
-    trainer = Trainer(**{**quiet, "default_root_dir": folder, **settings})
+    trainer = Trainer(**{**QUIET, "max_epochs": 4, "default_root_dir": folder, **settings})
     torch.manual_seed(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

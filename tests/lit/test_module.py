@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import csv
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.nn import functional as F
@@ -18,10 +20,10 @@ from lightning_methods.errors import (
     TensorOverwritten,
     UnsupportedTraining,
 )
-from lightning_methods.lit import LITDistiller, fingerprint, kd_loss
+from lightning_methods.lit import LITDistiller, fingerprint, kd_loss, stitched
 from lightning_methods.lit.norms import statistics_kept
 from lightning_methods.lit.phases import plan_phases
-from tests.lit.conftest import dense, distiller, fit, loader, made_data
+from tests.lit.conftest import QUIET, dense, distiller, fit, loader, made_data
 from tests.support.training import ResumableLoader, same_state
 
 SECTIONS = ("layer1", "layer2")
@@ -603,3 +605,71 @@ def test_dict_batches(tmp_path):
     fit(module, tmp_path, data=DataLoader(Rows(), batch_size=4), max_epochs=2, limit_val_batches=0)
     shares = module.predict_step({"x": torch.randn(2, 6)}, 0)
     assert torch.allclose(shares.sum(1), torch.ones(2))
+
+
+# -- after training ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_test_loop_and_validation_alone(inplace, tmp_path):
+    torch.manual_seed(0)
+    module = LITDistiller(Inplace(inplace, 2), Inplace(inplace, 1), list(SECTIONS), lit_epochs=1)
+    trainer = fit(module, tmp_path, max_epochs=2)
+    (after,) = trainer.test(module, loader(16), verbose=False)
+    (again,) = Trainer(**QUIET, default_root_dir=tmp_path).validate(module, loader(16), verbose=False)
+    assert after["test/accuracy"] == again["val/accuracy"]
+    x, _ = next(iter(loader()))
+    with torch.no_grad():
+        teacher, student = module.teacher, module.student.eval()
+        t0 = teacher.stem(x[:16])
+        t1 = teacher.layer1(t0.clone())
+        expected = F.mse_loss(student.layer1(t0.clone()), t1) / t1.square().mean()
+    one = DataLoader([(x[:16], torch.zeros(16, dtype=torch.long))], batch_size=None)
+    (batch,) = trainer.validate(module, one, verbose=False)
+    assert batch["lit/teacher_fed/layer1"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_section_errors_fall(tmp_path):
+    module = distiller(lit_epochs=30)
+    fit(module, tmp_path, max_epochs=30, limit_val_batches=0)
+    for _, values in module.history.lines("lit/ir_rel/").values():
+        assert values[-1] < 0.5 * values[0]
+
+
+def test_what_is_kept_of_both_phases(tmp_path):
+    module = distiller(lit_epochs=2)
+    fit(module, tmp_path)
+    assert {len(epochs) for epochs, _ in module.history.lines("lit/ir").values()} == {2}
+    assert module.history.lines("lit/")["phase"] == ([0, 1, 2, 3], [1, 1, 2, 2])
+    for name in ("section_errors", "drift"):
+        assert (tmp_path / "lit" / f"{name}_12.png").exists()
+    rows = list(csv.DictReader((tmp_path / "lit" / "networks_12.csv").open()))
+    counts = [sum(p.numel() for p in net.parameters()) for net in (module.teacher, module.student)]
+    assert [int(row["parameters"]) for row in rows] == counts
+    assert [int(row["macs"]) for row in rows] == [6 * 8 + 6 * 64 + 24, 6 * 8 + 2 * 64 + 24]
+    assert [int(row["depth"]) for row in rows] == [8, 4]
+    assert float(rows[1]["compression"]) == pytest.approx(counts[0] / counts[1])
+
+
+def test_mixtures_of_both_networks(tmp_path):
+    module = distiller(nn.BatchNorm1d, lit_epochs=2, stitch=True)
+    fit(module, tmp_path, max_epochs=2)
+    rows = list(csv.DictReader((tmp_path / "lit" / "stitching_6.csv").open()))
+    assert {row["student_sections"] for row in rows} == {"none", "layer1", "layer2", "layer1 layer2"}
+    x, y = next(iter(loader(16)))
+    before = fingerprint(module.teacher)
+    for row in rows:
+        names = [] if row["student_sections"] == "none" else row["student_sections"].split()
+        hybrid = stitched(module.teacher, module.pairs, names).eval()
+        with torch.no_grad():
+            accuracy = (hybrid(x).argmax(1) == y).float().mean().item()
+        assert float(row["accuracy"]) == pytest.approx(accuracy, abs=1e-6)
+        assert int(row["parameters"]) == sum(p.numel() for p in hybrid.parameters())
+    assert fingerprint(module.teacher) == before
+    with torch.no_grad():
+        whole = stitched(module.teacher, module.pairs, list(SECTIONS)).eval()
+        assert torch.equal(whole(x), module.student.eval()(x))  # the ends are the teacher's still
+    with pytest.raises(InvalidArgument, match="layer9"):
+        stitched(module.teacher, module.pairs, ["layer9"])
+    with pytest.raises(InvalidArgument, match="one width"):
+        distiller(stitch=True, adapters="conv1x1", input_shape=[6])
