@@ -13,6 +13,7 @@ from lightning_methods.lit.measure import Example, NetworkCost, cost_of
 from lightning_methods.lit.sections import Pair
 from lightning_methods.lit.stitching import Hybrid
 from lightning_methods.report import PALETTE, curves, is_reporting, log_figure, log_table, new_figure
+from lightning_methods.report.style import decorate
 
 
 def show_history(trainer: Any, history: History, pairs: Sequence[Pair], *, prefix: str = "lit") -> None:
@@ -106,8 +107,7 @@ def show_stitching(trainer: Any, hybrids: Sequence[Hybrid]) -> None:
                 text = " ".join(h.replaced) or "teacher"
                 place = (h.parameters / 1e3, 100 * h.accuracy)
                 axes.annotate(text, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("thousand parameters")
-    axes.set_ylabel("accuracy, %")
-    axes.set_title("Sections of the student in the teacher")
-    axes.legend()
+    title = "Sections of the student in the teacher"
+    decorate(axes, title=title, x_label="thousand parameters", y_label="accuracy, %")
+    axes.legend(frameon=False)
     log_figure(trainer, "lit/stitching", figure)

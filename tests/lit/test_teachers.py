@@ -42,7 +42,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     assert load_teacher(dense(3), path, strict=False) is not None
     with pytest.raises(ShapeMismatch):
         load_teacher(nn.Linear(2, 2), path, strict=False)  # nothing of it is there
-    with pytest.raises(InvalidArgument, match="Did you mean 'a.ckpt'"):
+    with pytest.raises(InvalidArgument, match=r"Did you mean 'a\.ckpt'"):
         load_teacher(dense(2), tmp_path / "b.ckpt")
     (tmp_path / "c.ckpt").write_text("no checkpoint")
     with pytest.raises(InvalidArgument, match="cannot be read"):
