@@ -34,6 +34,14 @@ def write(part: str, args: argparse.Namespace, numbers: dict[str, Any], seconds:
     (HERE / "results" / f"{part}.json").write_text(text + "\n")
 
 
+def started(args: argparse.Namespace) -> tuple[dict[str, Any], float]:
+    """Return what an earlier run with these settings has left, and its seconds; it goes on from there."""
+    path = HERE / "results" / f"{args.part}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {"settings": {}, "results": {}}
+    same = all(kept["settings"].get(k) == v for k, v in vars(args).items() if k not in ("root", "seeds"))
+    return (kept["results"], kept["settings"]["seconds"]) if same else ({}, 0.0)
+
+
 def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
@@ -50,8 +58,9 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="folder of the data sets; default ./data")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, help="default 600 for digits, 100 for MNIST and CIFAR-10")
-    parser.add_argument("--images", type=int, default=1000, help="of each class of CIFAR-10, unless --full")
+    parser.add_argument("--epochs", type=int, help="default 600 for digits, 100 for MNIST, 70 for CIFAR-10")
+    parser.add_argument("--images", type=int, default=500, help="of each class of CIFAR-10, unless --full")
+    parser.add_argument("--lr", type=float, default=0.03, help="learning rate on CIFAR-10")
     parser.add_argument("--every", type=int, default=5, help="epochs between measurements on CIFAR-10")
     parser.add_argument("--full", action="store_true", help="CIFAR-10 at the paper's size")
     args = parser.parse_args()
@@ -62,8 +71,9 @@ def main() -> None:
     elif args.part == "cifar10":
         import images
 
-        args.epochs = args.epochs or 100
-        images.cifar10(args, lambda numbers: write(args.part, args, numbers, time.monotonic() - start))
+        args.epochs = args.epochs or 70
+        results, before = started(args)
+        images.cifar10(args, results, lambda n: write(args.part, args, n, before + time.monotonic() - start))
         return
     else:
         args.epochs = args.epochs or (600 if args.part == "digits" else 100)

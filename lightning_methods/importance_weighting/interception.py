@@ -3,46 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from lightning_methods.errors import InvalidArgument, ShapeMismatch
-
-_TAIL = ("size_average", "reduce", "reduction")
-
-
-class LossKind(NamedTuple):
-    """A loss function of torch: its name, the order of its arguments, and whether its targets are classes."""
-
-    name: str
-    arguments: tuple[str, ...]
-    classes: bool = False
-    binary: bool = False
+from lightning_methods.importance_weighting.functions import Catcher, LossKind, thread
 
 
-_CLASSES = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
-LOSSES: dict[Any, LossKind] = {
-    F.cross_entropy: LossKind("cross_entropy", _CLASSES, classes=True),
-    F.nll_loss: LossKind("nll_loss", _CLASSES[:-1], classes=True),
-    F.binary_cross_entropy: LossKind("binary_cross_entropy", ("input", "target", "weight", *_TAIL), binary=True),
-    F.binary_cross_entropy_with_logits: LossKind(
-        "binary_cross_entropy_with_logits", ("input", "target", "weight", *_TAIL, "pos_weight"), binary=True
-    ),
-    F.mse_loss: LossKind("mse_loss", ("input", "target", *_TAIL, "weight")),
-    F.l1_loss: LossKind("l1_loss", ("input", "target", *_TAIL, "weight")),
-    F.smooth_l1_loss: LossKind("smooth_l1_loss", ("input", "target", *_TAIL, "beta")),
-    F.huber_loss: LossKind("huber_loss", ("input", "target", "reduction", "delta", "weight")),
-    F.kl_div: LossKind("kl_div", ("input", "target", *_TAIL, "log_target")),
-}
-
-
-@dataclass(frozen=True)
-class LossCall:
+class LossCall(NamedTuple):
     """One call of a loss function, before it is reduced.
 
     Attributes:
@@ -71,6 +41,10 @@ class Weigher(Protocol):
     measuring: bool
     #: whether losses count that train nothing, as in validation
     evaluating: bool
+    #: the class weights, on a CPU and in float32, where no other weights act and none normalises them
+    quick: Tensor | None
+    #: the latest weighted loss
+    result: Tensor | None
 
     def measure(self, call: LossCall) -> None:
         """Add a call to the weighted risk."""
@@ -97,25 +71,54 @@ class Weigher(Protocol):
         """Return the weighted losses, and by what a mean divides their sum."""
 
 
-class LossInterception(TorchFunctionMode):
-    """While it is entered, the loss functions of torch are weighted, called by whatever name or module.
+class LossInterception:
+    """While it is entered, the loss functions of torch that this thread calls are weighted.
 
-    Functions are caught where torch itself looks whether somebody overrides them, so that `F.cross_entropy`, a name
-    imported from there and `nn.CrossEntropyLoss` are all the same.
+    Their `StandIns` must be in place. Functions are caught by their code, so that `F.cross_entropy`, a name imported
+    from there and `nn.CrossEntropyLoss` are all the same.
     """
 
     def __init__(self, weigher: Weigher) -> None:
-        super().__init__()
         self.weigher = weigher
-        self.suspended = 0  # inside a loss module that is weighted as a whole
+        self.suspended = 0  # inside of a call, or of a loss module that is weighted as a whole
+        self._before: list[Catcher | None] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = LOSSES.get(func)
-        # inside compiled code the call is left alone: traced, the weights of this step would stay in it
-        if kind is not None and not self.suspended and not torch.compiler.is_compiling():
-            return self._loss(kind, func, args, kwargs or {})
-        # every operation of the step comes by here: nothing else may cost time
-        return func(*args, **kwargs) if kwargs else func(*args)
+    def __enter__(self) -> None:
+        self._before.append(thread.catcher)
+        thread.catcher = self
+
+    def __exit__(self, *_: object) -> None:
+        thread.catcher = self._before.pop()
+
+    def on_call(self, kind: LossKind, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Weigh a call; what the function itself calls, as subclasses of tensors may, is a part of it."""
+        if self.suspended:
+            return function(*args, **kwargs)
+        weigher, table = self.weigher, self.weigher.quick
+        self.suspended += 1
+        try:
+            # the case of almost every step, by itself: Python that is not in the processor's caches, as after a
+            # backward pass, costs more than the arithmetic of a loss, and what is not run costs nothing
+            if table is not None and kind.classes and len(args) == 2 and (not kwargs or _is_mean(kwargs)):
+                x, target = args
+                plain = type(x) is Tensor and x.dtype is table.dtype and target.dtype is torch.long
+                if plain and target.ndim == 1 and x.ndim == 2 and x.shape[1] == table.shape[0]:
+                    try:
+                        weight = table.index_select(0, target)
+                    except (IndexError, RuntimeError):  # ignored and unknown labels, another device
+                        weight = None
+                    if weight is not None:
+                        if not weigher.counts(kind.name, x):
+                            return function(x, target, **kwargs)
+                        kwargs["reduction"] = "none"
+                        weigher.result = loss = (weight * function(x, target, **kwargs)).mean()
+                        return loss
+            # inside compiled code the call is left alone: traced, the weights of this step would stay in it
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            return self._loss(kind, function, args, kwargs)
+        finally:
+            self.suspended -= 1
 
     def _loss(self, kind: LossKind, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(kind.arguments, args, strict=False), **kwargs)
@@ -126,8 +129,9 @@ class LossInterception(TorchFunctionMode):
         if self.weigher.neutral():
             return self.weigher.give(func(*args, **kwargs))
         reduction = _reduction(given)
+        given["reduction"] = "none"
         if not kind.classes:
-            call = LossCall(kind.name, func(**given | {"reduction": "none"}), target, kind)
+            call = LossCall(kind.name, func(**given), target, kind)
             return (
                 self._measured(call, func, args, kwargs) if measuring else reduced(call, self.weigher, reduction, given)
             )
@@ -141,7 +145,7 @@ class LossInterception(TorchFunctionMode):
             given["weight"] = table.to(x.dtype) if own is None else own * table.to(own.dtype)
         self.weigher.check_classes(kind.name, table, number)
         try:
-            losses = func(**given | {"reduction": "none"})
+            losses = func(**given)
         except (IndexError, RuntimeError):
             if not soft:
                 self.weigher.refuse_unknown(target[target != ignore_index], number)
@@ -157,11 +161,8 @@ class LossInterception(TorchFunctionMode):
 def reduced(call: LossCall, weigher: Weigher, reduction: str, given: dict[str, Any]) -> Tensor:
     """Return the weighted loss in the type that the unweighted one has."""
     weighted, number = weigher.weigh(call)
-    kind = call.losses.dtype
-    if reduction == "none":
-        return weigher.give(weighted.to(kind))
-    if reduction == "sum":
-        return weigher.give(weighted.sum().to(kind))
+    if reduction != "mean" and reduction != "batchmean":
+        return weigher.give((weighted if reduction == "none" else weighted.sum()).to(call.losses.dtype))
     own = given.get("weight") if call.kind is not None and call.kind.classes and not call.by_class else None
     if own is not None and call.target is not None:
         # torch divides by the user's own weights of the targets
@@ -169,7 +170,20 @@ def reduced(call: LossCall, weigher: Weigher, reduction: str, given: dict[str, A
         number = torch.where(counted, own[torch.where(counted, call.target, 0)], 0).sum()
     elif reduction == "batchmean":
         number = len(call.losses)
-    return weigher.give((weighted.sum() / number).to(kind))
+    if type(number) is int and number == weighted.numel():  # the same bits as with the weights written by hand
+        return weigher.give(weighted.mean().to(call.losses.dtype))
+    return weigher.give((weighted.sum() / number).to(call.losses.dtype))
+
+
+def _is_mean(kwargs: dict[str, Any]) -> bool:
+    """Tell whether further arguments of a call with classes leave a plain mean: what `nn.CrossEntropyLoss` gives."""
+    return (
+        kwargs.get("weight") is None
+        and kwargs.get("reduction", "mean") == "mean"
+        and kwargs.get("ignore_index", -100) < 0
+        and kwargs.get("size_average") is None
+        and kwargs.get("reduce") is None
+    )
 
 
 def _reduction(given: dict[str, Any]) -> str:

@@ -33,8 +33,8 @@ class ValidationRisk:
     def enter(self, batch: Any, modules: Sequence[Any]) -> None:
         """Catch the losses of the step of this batch, and of these loss modules as a whole."""
         self.leave()
+        self.weights.evaluating, self.weights.measuring, self.weights.quick = True, not self.change, None
         self.weights.begin(batch)
-        self.weights.evaluating, self.weights.measuring = True, not self.change
         self.modules = [ModuleInterception(m, self.weights, self.functions) for m in modules]
         self.functions.__enter__()
         self.entered = True

@@ -24,6 +24,7 @@ from lightning_methods.errors import (
 )
 from lightning_methods.importance_weighting import LabelShift, balanced_weights, poly_tail_loss
 from lightning_methods.importance_weighting.datasets import dataset_labels
+from lightning_methods.importance_weighting.functions import LOSSES, thread
 from lightning_methods.snnl import SoftNearestNeighborLoss
 from tests.support.processes import run_ranks
 from tests.support.training import (
@@ -679,6 +680,35 @@ def test_what_a_training_refuses_leaves_the_module_as_it_was(tmp_path, callback,
         fit(quiet_trainer(tmp_path, callbacks=[callback()]), module)
     assert "training_step" not in vars(module)
     assert fingerprint(module)["hooks"] == before["hooks"] == {}
+
+
+def test_the_loss_functions_of_torch_are_what_they_were(tmp_path):
+    """After a fit, after a crash in it, after a refused one, and in a fit that another one has crashed before."""
+    before = [function.__code__ for function in LOSSES]
+    weighting = ImportanceWeighting(W)
+    first = trained(tmp_path, callbacks=[weighting])
+    assert all(f.__code__ is code for f, code in zip(LOSSES, before, strict=True))
+
+    def crash(*_):
+        raise ZeroDivisionError
+
+    for callbacks in ([weighting, At(3, crash)], [ImportanceWeighting([1.0, 2.0])]):
+        with pytest.raises((ZeroDivisionError, ShapeMismatch)):
+            trained(tmp_path, callbacks=callbacks)
+        assert all(f.__code__ is code for f, code in zip(LOSSES, before, strict=True))
+        assert thread.catcher is None
+    assert_identical(trained(tmp_path, callbacks=[weighting]), first)
+
+
+def test_functions_outside_of_the_step_are_as_ever(tmp_path):
+    found = []
+
+    class Outside(TinyModule):
+        def on_train_batch_end(self, *_):
+            found.append(float(F.cross_entropy(torch.eye(3), torch.arange(3))))
+
+    trained(tmp_path, Outside, [ImportanceWeighting(W)])
+    assert set(found) == {float(F.cross_entropy(torch.eye(3), torch.arange(3)))}
 
 
 def test_two_of_them(tmp_path):
