@@ -2,6 +2,7 @@
 
 python evidence/importance_weighting/run.py --part logistic      half a minute
 python evidence/importance_weighting/run.py --part digits        some five minutes
+python evidence/importance_weighting/run.py --part exponents     likewise
 python evidence/importance_weighting/run.py --part mnist         half an hour; reads --root, default ./data
 python evidence/importance_weighting/run.py --part cifar10       an hour and a half at the reduced size
 python evidence/importance_weighting/run.py --part cifar10 --full --device cuda    the paper's network and data
@@ -54,12 +55,14 @@ def rounded(value: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["logistic", "digits", "mnist", "cifar10"], required=True)
+    parser.add_argument("--part", choices=["logistic", "digits", "exponents", "mnist", "cifar10"], required=True)
     parser.add_argument("--root", default="data", help="folder of the data sets; default ./data")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, help="default 600 for digits, 100 for MNIST, 70 for CIFAR-10")
-    parser.add_argument("--images", type=int, default=500, help="of each class of CIFAR-10, unless --full")
+    parser.add_argument(
+        "--epochs", type=int, help="default 600 for digits and exponents, 100 for MNIST, 80 for CIFAR-10"
+    )
+    parser.add_argument("--images", type=int, default=250, help="of each class of CIFAR-10, unless --full")
     parser.add_argument("--lr", type=float, default=0.03, help="learning rate on CIFAR-10")
     parser.add_argument("--every", type=int, default=5, help="epochs between measurements on CIFAR-10")
     parser.add_argument("--full", action="store_true", help="CIFAR-10 at the paper's size")
@@ -68,10 +71,13 @@ def main() -> None:
     start = time.monotonic()
     if args.part == "logistic":
         numbers = heads.logistic(args.seeds)
+    elif args.part == "exponents":
+        args.epochs = args.epochs or 600
+        numbers = heads.exponents(args.seeds, args.epochs, args.device)
     elif args.part == "cifar10":
         import images
 
-        args.epochs = args.epochs or 70
+        args.epochs = args.epochs or 80
         results, before = started(args)
         images.cifar10(args, results, lambda n: write(args.part, args, n, before + time.monotonic() - start))
         return

@@ -35,6 +35,7 @@ from lightning_methods.importance_weighting.settings import (
     check_numbers,
     check_settings,
     checked_class_weights,
+    checked_counts,
 )
 from lightning_methods.importance_weighting.step import WeightedStep
 from lightning_methods.importance_weighting.validation import ValidationRisk
@@ -136,7 +137,7 @@ class ImportanceWeighting(Callback):
         self.mode, self.match, self.head, self.select = mode, match, head, select
         self.start_epoch, self.warmup_epochs, self.schedule = start_epoch, warmup_epochs, schedule
         self.weight_validation, self.log_prefix, self.labels = weight_validation, log_prefix, labels
-        self.class_counts = None if class_counts is None else check_weights(class_counts, "class_counts")
+        self.class_counts = checked_counts(class_counts, self.class_weights)
         self.mean_weight = mean_weight
         self.weights = BatchWeights(normalize, match, labels, sample_weights, self._transformed)
         self.figure_paths: list[Path] = []
@@ -146,6 +147,7 @@ class ImportanceWeighting(Callback):
         self._sampling: tuple[Any, Any] | None = None
         self._validation = ValidationRisk(self.weights, change=weight_validation)
         self._told: set[str] = set()
+        self._alone = False  # until the trainer was asked
         self.reset()
 
     def reset(self) -> None:
@@ -165,8 +167,9 @@ class ImportanceWeighting(Callback):
 
     @property
     def state_key(self) -> str:
-        """Let two of them get as far as the error that says why there cannot be two."""
-        return self._generate_state_key(weights=self._given, log_prefix=self.log_prefix)
+        """Let two of them get as far as the error that says why there cannot be two, also where they are alike."""
+        own = {} if self._alone else {"one_of_several": id(self)}
+        return self._generate_state_key(weights=self._given, log_prefix=self.log_prefix, **own)
 
     # -- life in the trainer -----------------------------------------------------------------------------------------
 
@@ -178,6 +181,7 @@ class ImportanceWeighting(Callback):
                 "There are two ImportanceWeighting callbacks, whose weights would multiply. Give one of them both "
                 "class_weights and sample_weights."
             )
+        self._alone = True
         if stage == "fit" and trainer.global_step == 0:
             self.reset()
 
@@ -217,11 +221,22 @@ class ImportanceWeighting(Callback):
         """Log the epoch, and estimate the weights anew if that is due."""
         self._epoch = trainer.current_epoch
         means = self._closed_means()
+        self._refuse_nothing(means)
         if self.mode == "sampler":
             means["hits"] = 0.0
         for key, value in {**means, "strength": self._strength(self._epoch)}.items():
             pl_module.log(f"{self.log_prefix}/{key}", value, sync_dist=world_size() > 1)
         self._estimate(trainer, pl_module, self._epoch)
+
+    def _refuse_nothing(self, means: dict[str, float]) -> None:
+        """Refuse to go on after an epoch whose samples all had weight 0."""
+        if self.weights.sample_weighted and means:
+            if not float(all_sum(self.weights.total.to(torch.float64))) > 0:
+                raise InvalidArgument(
+                    f"The weights of all samples of epoch {self._epoch} are 0: nothing was trained. Look at what "
+                    f"sample_weights={self.weights.selector!r} gives."
+                )
+            self.weights.total = torch.zeros(())
 
     def _closed_means(self) -> dict[str, float]:
         self._step.count_into(self._means)
@@ -238,6 +253,7 @@ class ImportanceWeighting(Callback):
             "mean_weight": self.weights.mean_weight,
             "estimated": self._estimated,
             "seen": list(self.weights.seen),
+            "total": float(self.weights.total),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -247,6 +263,7 @@ class ImportanceWeighting(Callback):
         self._means.load_state_dict(state_dict["means"])
         self.weights.set_table(state_dict["table"], self._strength(self._epoch))
         self.weights.mean_weight, self.weights.seen = state_dict["mean_weight"], list(state_dict["seen"])
+        self.weights.total = torch.tensor(state_dict["total"])
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the module as it was."""
@@ -323,22 +340,27 @@ class ImportanceWeighting(Callback):
             raise InvalidArgument("The sample weights of the training data are all 0: nothing would be trained.")
         return total / number
 
-    def _weights_of_batch(self, batch: Any) -> Tensor:
+    def _weights_of_batch(self, batch: Any) -> tuple[Tensor, Tensor]:
         labels: Any = targets_of(batch, self.labels)
-        return self.weights_of(batch, labels)
+        w = self.weights_of(batch, labels)
+        self.weights.total = self.weights.total.to(w.device) + w.sum()
+        whole = len(self.weights.table) or not labels.is_floating_point()
+        return w, labels >= 0 if whole and labels.shape == w.shape else torch.ones_like(w, dtype=torch.bool)
 
     def weights_of(self, batch: Any, labels: Tensor) -> Tensor:
         """Return the weight that acts on each sample of a batch now, `(B,)` in float64.
 
         Args:
             batch: as the loader gave it.
-            labels: `(B,)` the classes of its samples; those below 0 are ignored ones.
+            labels: `(B,)` the classes of its samples; those below 0 are ignored ones. With weights by sample alone
+                `(B, ...)` of any kind.
 
         Raises:
             BatchFormat: if there is not one target a sample, or the batch holds no weights.
             InvalidArgument: for a label without a weight.
+            ShapeMismatch: if there is not one weight for each sample.
         """
-        if not isinstance(labels, Tensor) or labels.ndim != 1:
+        if not isinstance(labels, Tensor) or labels.ndim < 1 or (len(self.weights.table) and labels.ndim > 1):
             raise BatchFormat("One target a sample is needed, (B,); say where it is in a batch with labels=.")
         w = torch.ones(len(labels), dtype=torch.float64, device=labels.device)
         s = self.weights.strength
@@ -346,6 +368,10 @@ class ImportanceWeighting(Callback):
             w = 1 + s * (self.weights.by_label(labels) - 1)
         if self.weights.sample_weighted:
             own = self._transformed(raw_sample_weights(batch, self.weights.selector)) / self.weights.mean_weight
+            if own.shape != w.shape:
+                raise ShapeMismatch(
+                    f"There are weights of shape {tuple(own.shape)} for {len(w)} samples; one for each."
+                )
             w = w * (1 + s * (own.to(w.device) - 1))
         return w
 
@@ -365,7 +391,7 @@ class ImportanceWeighting(Callback):
         """Catch the losses of the validation step: to measure the weighted risk, or to weight them if asked to."""
         ready = self._module is not None and self._prepared and not trainer.sanity_checking
         if ready and self._can_measure(batch):
-            self._validation.enter(batch, self._step.loss_modules(pl_module))
+            self._validation.enter(batch, self._step.loss_modules(pl_module), self._step.module_match)
 
     def _can_measure(self, batch: Any) -> bool:
         if not self.weights.sample_weighted or self.weight_validation:

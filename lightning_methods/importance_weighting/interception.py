@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_methods.errors import InvalidArgument, ShapeMismatch
 from lightning_methods.importance_weighting.functions import Catcher, LossKind, thread
+from lightning_methods.importance_weighting.losses import LDAMLoss, PolyTailLoss, VSLoss
 
 
 class LossCall(NamedTuple):
@@ -78,8 +79,9 @@ class LossInterception:
     from there and `nn.CrossEntropyLoss` are all the same.
     """
 
-    def __init__(self, weigher: Weigher) -> None:
+    def __init__(self, weigher: Weigher, name: str | None = None) -> None:
         self.weigher = weigher
+        self.name = name  # of the calls, instead of the function's
         self.suspended = 0  # inside of a call, or of a loss module that is weighted as a whole
         self._before: list[Catcher | None] = []
 
@@ -108,7 +110,7 @@ class LossInterception:
                     except (IndexError, RuntimeError):  # ignored and unknown labels, another device
                         weight = None
                     if weight is not None:
-                        if not weigher.counts(kind.name, x):
+                        if not weigher.counts(self.name or kind.name, x):
                             return function(x, target, **kwargs)
                         kwargs["reduction"] = "none"
                         weigher.result = loss = (weight * function(x, target, **kwargs)).mean()
@@ -123,7 +125,7 @@ class LossInterception:
     def _loss(self, kind: LossKind, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(kind.arguments, args, strict=False), **kwargs)
         x, target = given["input"], given["target"]
-        if not self.weigher.counts(kind.name, x):
+        if not self.weigher.counts(self.name or kind.name, x):
             return func(*args, **kwargs)
         measuring = self.weigher.measuring
         if self.weigher.neutral():
@@ -197,14 +199,44 @@ def _reduction(given: dict[str, Any]) -> str:
     return str(reduction)
 
 
+class TorchModuleInterception:
+    """Hooks that let the functions of torch be caught inside of one of its own loss modules, with all its settings."""
+
+    def __init__(self, module: Any, weigher: Weigher, name: str) -> None:
+        self.functions = LossInterception(weigher, name)
+        self.entered = 0
+        self.handles = [
+            module.register_forward_pre_hook(_Part(self.before)),
+            module.register_forward_hook(_Part(self.after), always_call=True),
+        ]
+
+    def before(self, *_: Any) -> None:
+        """Begin to catch."""
+        self.functions.__enter__()
+        self.entered += 1
+
+    def after(self, *_: Any) -> None:
+        """End it, also after an exception."""
+        self.functions.__exit__()
+        self.entered -= 1
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        while self.entered:
+            self.after()
+        for handle in self.handles:
+            handle.remove()
+
+
 class ModuleInterception:
     """Hooks that weigh a loss module as a whole: anything with a `reduction` that gives one loss a sample for `none`.
 
     For losses that are no function of torch, such as those that somebody wrote.
     """
 
-    def __init__(self, module: Any, weigher: Weigher, functions: LossInterception | None) -> None:
+    def __init__(self, module: Any, weigher: Weigher, functions: LossInterception | None, name: str = "") -> None:
         self.module, self.weigher, self.functions = module, weigher, functions
+        self.name = name or type(module).__name__
         self.reduction: str | None = None
         self.handles = [
             module.register_forward_pre_hook(_Part(self.before)),
@@ -223,7 +255,7 @@ class ModuleInterception:
 
     def after(self, module: Any, args: Any, kwargs: Any, losses: Any) -> Any:
         """Weigh and reduce them."""
-        reduction, name = self.reduction, type(module).__name__
+        reduction, name = self.reduction, self.name
         if reduction is None:
             return losses
         result = losses
@@ -237,7 +269,10 @@ class ModuleInterception:
         if not counts and not self.weigher.measuring:
             return {"mean": losses.mean, "sum": losses.sum}.get(reduction, losses.clone)()
         target = kwargs.get("target", args[1] if len(args) > 1 else None)
-        call = LossCall(name, losses, target if isinstance(target, Tensor) else None)
+        target = target if isinstance(target, Tensor) else None
+        call = LossCall(name, losses, target, ignore_index=getattr(module, "ignore_index", None))
+        if isinstance(module, _BY_CLASS) and args and args[0].ndim == losses.ndim + 1:
+            self.weigher.check_classes(name, self.weigher.class_table(losses), args[0].shape[1])
         if not self.weigher.measuring:
             return reduced(call, self.weigher, reduction, {})
         if counts:
@@ -266,7 +301,7 @@ class GradientInterception:
     already multiplied by 1 / B.
     """
 
-    def __init__(self, layer: torch.nn.Module, weights: Callable[[], Tensor], select: int | str | None) -> None:
+    def __init__(self, layer: torch.nn.Module, weights: Callable[[Tensor], Tensor], select: int | str | None) -> None:
         self.weights, self.select = weights, select
         self.calls = 0
         self.handle = layer.register_forward_hook(_Part(self.after))
@@ -278,7 +313,7 @@ class GradientInterception:
             raise InvalidArgument(f"The head returned a {type(x).__name__}; say which item is the tensor with select=.")
         if x.requires_grad:
             self.calls += 1
-            weights = self.weights()
+            weights = self.weights(x)
             if weights.shape != x.shape[:1]:
                 raise ShapeMismatch(f"The head gave {tuple(x.shape)} and there are {len(weights)} samples to weight.")
             factor = weights.to(x.device, torch.promote_types(x.dtype, torch.float32)).view(-1, *[1] * (x.ndim - 1))
@@ -310,27 +345,39 @@ def _inert_factory() -> Callable[..., None]:
     return _inert
 
 
+_OF_TORCH = {
+    torch.nn.CrossEntropyLoss,
+    torch.nn.NLLLoss,
+    torch.nn.BCELoss,
+    torch.nn.BCEWithLogitsLoss,
+    torch.nn.MSELoss,
+    torch.nn.L1Loss,
+    torch.nn.SmoothL1Loss,
+    torch.nn.HuberLoss,
+    torch.nn.KLDivLoss,
+}
+#: losses whose first argument is known to be logits; those of others may be features
+_BY_CLASS = (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss, PolyTailLoss, VSLoss, LDAMLoss)
+
+
+def intercept(module: Any, weigher: Weigher, functions: LossInterception | None, match: str) -> Any:
+    """Return what weighs a loss module: the functions that torch's own call, any other as a whole."""
+    name = type(module).__name__ if match in ("auto", "all", "first") else match
+    if type(module) in _OF_TORCH:
+        return TorchModuleInterception(module, weigher, name)
+    return ModuleInterception(module, weigher, functions, name)
+
+
 def loss_modules(root: torch.nn.Module, *, all_of_them: bool) -> dict[str, torch.nn.Module]:
     """Return the loss modules in a module: those with a `reduction` that are named or made as losses.
 
     Without `all_of_them` those are left out whose function of torch is caught by itself.
     """
-    caught = {
-        torch.nn.CrossEntropyLoss,
-        torch.nn.NLLLoss,
-        torch.nn.BCELoss,
-        torch.nn.BCEWithLogitsLoss,
-        torch.nn.MSELoss,
-        torch.nn.L1Loss,
-        torch.nn.SmoothL1Loss,
-        torch.nn.HuberLoss,
-        torch.nn.KLDivLoss,
-    }
     return {
         name: module
         for name, module in root.named_modules()
         if name
         and getattr(module, "reduction", None) in ("mean", "sum", "none")
         and "loss" in type(module).__name__.lower()
-        and (all_of_them or type(module) not in caught)
+        and (all_of_them or type(module) not in _OF_TORCH)
     }

@@ -17,7 +17,7 @@ from lightning_methods.importance_weighting.functions import thread
 from lightning_methods.importance_weighting.interception import (
     GradientInterception,
     LossInterception,
-    ModuleInterception,
+    intercept,
     loss_modules,
 )
 from lightning_methods.importance_weighting.weights import BatchWeights
@@ -34,7 +34,7 @@ class WeightedStep:
     Args:
         weights: what belongs to which sample.
         mode, head, select: see `ImportanceWeighting`.
-        weights_of: from a batch to the weight of each of its samples, for `"gradient"`.
+        weights_of: from a batch to the weight of each of its samples and which of them count, for `"gradient"`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class WeightedStep:
         mode: str,
         head: str | None,
         select: int | str | None,
-        weights_of: Callable[[Any], Tensor],
+        weights_of: Callable[[Any], tuple[Tensor, Tensor]],
     ) -> None:
         self.weights, self.mode, self.head, self.select, self.weights_of = weights, mode, head, select, weights_of
         self.functions = LossInterception(weights) if mode in ("auto", "function") else None
@@ -70,10 +70,15 @@ class WeightedStep:
                 f"submodule called ...Loss, with `reduction`, is needed."
             )
 
+    @property
+    def module_match(self) -> str:
+        """Which loss modules are weighted, where it is modules that are chosen."""
+        return self.weights.match if self.mode == "module" else "auto"
+
     def loss_modules(self, module: Any) -> list[Any]:
         """Return the loss modules that are weighted as a whole."""
-        found, match = loss_modules(module, all_of_them=self.mode == "module"), self.weights.match
-        if self.mode == "module" and match not in ("auto", "all", "first"):
+        found, match = loss_modules(module, all_of_them=self.mode == "module"), self.module_match
+        if match not in ("auto", "all", "first"):
             found = {k: m for k, m in found.items() if match in (k, type(m).__name__)}
         return list(dict.fromkeys(found.values()))
 
@@ -106,22 +111,24 @@ class WeightedStep:
         try:
             if self.mode == "gradient":
                 ((_, layer),) = match_layers(module, self.head or "").items()
-                hooks = [GradientInterception(layer, lambda: self._factors(batch), self.select)]
+                hooks = [GradientInterception(layer, lambda x: self._factors(batch, x), self.select)]
                 output = step()
                 self.weights.hits = hooks[0].calls
                 return output
-            hooks = [ModuleInterception(m, self.weights, self.functions) for m in self._modules or ()]
+            hooks = [intercept(m, self.weights, self.functions, self.module_match) for m in self._modules or ()]
             with self.functions or nullcontext():
                 return step()
         finally:
             for hooked in hooks:
                 hooked.remove()
 
-    def _factors(self, batch: Any) -> Tensor:
-        """Return the factor of each row's gradient."""
-        w = self.weights_of(batch)
+    def _factors(self, batch: Any, x: Tensor) -> Tensor:
+        """Return the factor of the gradient of each row of the head's output."""
+        if x.ndim > 1 and x.shape[1] > 1:
+            self.weights.check_classes(f"the head {self.head!r}", self.weights.class_table(x), x.shape[1])
+        w, counted = self.weights_of(batch)
         if self.weights.normalize == "batch":
-            both = all_sum(torch.stack([torch.tensor(float(len(w)), dtype=w.dtype, device=w.device), w.sum()]))
+            both = all_sum(torch.stack([counted.to(w).sum(), (w * counted).sum()]))
             if float(both[0]) == 1:
                 raise InvalidArgument("normalize='batch' with a batch of one sample: its weight cancels. Use 'mean1'.")
             w = w * both[0] / both[1].clamp(min=1e-300)

@@ -44,6 +44,7 @@ class BatchWeights:
         self.quick: Tensor | None = None
         self.measuring = self.evaluating = False
         self.risk = torch.zeros(2, dtype=torch.float64)  # sums of weighted losses, and of weights
+        self.total = torch.zeros(())  # of the weights that came with the batches of an epoch
         self.hits = 0
         self.called: list[str] = []
         self.result: Tensor | None = None
@@ -178,6 +179,8 @@ class BatchWeights:
         if self._samples is None:
             w = self.transform(raw_sample_weights(self.batch, self.selector)) / self.mean_weight
             self._samples = 1 + (1.0 if self.evaluating else self.strength) * (w - 1)
+            if not self.evaluating:
+                self.total = self.total.to(w.device) + self._samples.sum()
         return self._samples
 
     # -- by class ----------------------------------------------------------------------------------------------------
