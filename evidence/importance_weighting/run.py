@@ -7,7 +7,7 @@ python evidence/importance_weighting/run.py --part mnist         half an hour; r
 python evidence/importance_weighting/run.py --part cifar10       an hour and a half at the reduced size
 python evidence/importance_weighting/run.py --part cifar10 --full --device cuda    the paper's network and data
 
-Writes `results/<part>.json` and the figures beside this file.
+Writes `results/<part>.json`; `tables.py` makes the tables and figures of it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from typing import Any
 
 import heads
 import torch
-
-from lightning_methods.importance_weighting.sweep import fading_figure
 
 HERE = Path(__file__).parent
 
@@ -83,11 +81,7 @@ def main() -> None:
         return
     else:
         args.epochs = args.epochs or (600 if args.part == "digits" else 100)
-        numbers, curves = heads.images(args.part, args.root, args.seeds, args.epochs, args.device)
-        for name, found in curves.items():
-            if name in ("plain", "L2 1e-2"):
-                figure = fading_figure(found, "other digits", title=f"{args.part}, 3 against 5: {name}")
-                figure.savefig(HERE / f"fading_{args.part}_{name.split()[0].lower()}.png", dpi=150)
+        numbers = heads.images(args.part, args.root, args.seeds, args.epochs, args.device)
     write(args.part, args, numbers, time.monotonic() - start)
 
 

@@ -147,7 +147,6 @@ class ImportanceWeighting(Callback):
         self._sampling: tuple[Any, Any] | None = None
         self._validation = ValidationRisk(self.weights, change=weight_validation)
         self._told: set[str] = set()
-        self._alone = False  # until the trainer was asked
         self.reset()
 
     def reset(self) -> None:
@@ -167,9 +166,8 @@ class ImportanceWeighting(Callback):
 
     @property
     def state_key(self) -> str:
-        """Let two of them get as far as the error that says why there cannot be two, also where they are alike."""
-        own = {} if self._alone else {"one_of_several": id(self)}
-        return self._generate_state_key(weights=self._given, log_prefix=self.log_prefix, **own)
+        """Let two of them get as far as the error that says why there cannot be two; of two alike the Trainer tells."""
+        return self._generate_state_key(weights=self._given, log_prefix=self.log_prefix)
 
     # -- life in the trainer -----------------------------------------------------------------------------------------
 
@@ -181,7 +179,6 @@ class ImportanceWeighting(Callback):
                 "There are two ImportanceWeighting callbacks, whose weights would multiply. Give one of them both "
                 "class_weights and sample_weights."
             )
-        self._alone = True
         if stage == "fit" and trainer.global_step == 0:
             self.reset()
 

@@ -852,9 +852,12 @@ def test_functions_outside_of_the_step_are_as_ever(tmp_path):
 
 
 def test_two_of_them(tmp_path):
-    for other in (ImportanceWeighting(sample_weights=2), ImportanceWeighting(W)):
+    for other in (ImportanceWeighting(sample_weights=2), ImportanceWeighting([1.0, 2.0, 5.0], normalize="none")):
         with pytest.raises(InvalidArgument, match="two ImportanceWeighting"):
             trained(tmp_path, callbacks=[ImportanceWeighting(W), other])
+    # two that are alike are refused as soon as the Trainer is made, by Lightning itself
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `ImportanceWeighting`"):
+        quiet_trainer(tmp_path, callbacks=[ImportanceWeighting(W), ImportanceWeighting(W)])
 
 
 def test_the_pass_over_the_data_refuses_what_it_would_disturb(tmp_path):
