@@ -7,9 +7,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_methods.errors import InvalidArgument, ShapeMismatch
-from lightning_methods.importance_weighting.functions import Catcher, LossKind, thread
+from lightning_methods.importance_weighting.functions import LOSSES, Catcher, LossKind, thread
 from lightning_methods.importance_weighting.losses import LDAMLoss, PolyTailLoss, VSLoss
 
 
@@ -270,11 +271,14 @@ class ModuleInterception:
             return {"mean": losses.mean, "sum": losses.sum}.get(reduction, losses.clone)()
         target = kwargs.get("target", args[1] if len(args) > 1 else None)
         target = target if isinstance(target, Tensor) else None
-        call = LossCall(name, losses, target, ignore_index=getattr(module, "ignore_index", None))
+        kind = _OF_TORCH.get(type(module))
+        if kind is not None and kind.classes and (target is None or target.is_floating_point()):
+            kind = None
+        call = LossCall(name, losses, target, kind, ignore_index=getattr(module, "ignore_index", None))
         if isinstance(module, _BY_CLASS) and args and args[0].ndim == losses.ndim + 1:
             self.weigher.check_classes(name, self.weigher.class_table(losses), args[0].shape[1])
         if not self.weigher.measuring:
-            return reduced(call, self.weigher, reduction, {})
+            return reduced(call, self.weigher, reduction, {"weight": getattr(module, "weight", None)})
         if counts:
             self.weigher.measure(call)
         return result
@@ -346,38 +350,52 @@ def _inert_factory() -> Callable[..., None]:
 
 
 _OF_TORCH = {
-    torch.nn.CrossEntropyLoss,
-    torch.nn.NLLLoss,
-    torch.nn.BCELoss,
-    torch.nn.BCEWithLogitsLoss,
-    torch.nn.MSELoss,
-    torch.nn.L1Loss,
-    torch.nn.SmoothL1Loss,
-    torch.nn.HuberLoss,
-    torch.nn.KLDivLoss,
+    torch.nn.CrossEntropyLoss: LOSSES[F.cross_entropy],
+    torch.nn.NLLLoss: LOSSES[F.nll_loss],
+    torch.nn.BCELoss: LOSSES[F.binary_cross_entropy],
+    torch.nn.BCEWithLogitsLoss: LOSSES[F.binary_cross_entropy_with_logits],
+    torch.nn.MSELoss: LOSSES[F.mse_loss],
+    torch.nn.L1Loss: LOSSES[F.l1_loss],
+    torch.nn.SmoothL1Loss: LOSSES[F.smooth_l1_loss],
+    torch.nn.HuberLoss: LOSSES[F.huber_loss],
+    torch.nn.KLDivLoss: LOSSES[F.kl_div],
 }
 #: losses whose first argument is known to be logits; those of others may be features
 _BY_CLASS = (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss, PolyTailLoss, VSLoss, LDAMLoss)
 
 
-def intercept(module: Any, weigher: Weigher, functions: LossInterception | None, match: str) -> Any:
-    """Return what weighs a loss module: the functions that torch's own call, any other as a whole."""
-    name = type(module).__name__ if match in ("auto", "all", "first") else match
-    if type(module) in _OF_TORCH:
-        return TorchModuleInterception(module, weigher, name)
-    return ModuleInterception(module, weigher, functions, name)
+class LossModule(NamedTuple):
+    """A loss module, and whether it is to be weighted as a whole rather than by the functions that it calls."""
+
+    module: Any
+    whole: bool
 
 
-def loss_modules(root: torch.nn.Module, *, all_of_them: bool) -> dict[str, torch.nn.Module]:
+def intercept(found: LossModule, weigher: Weigher, functions: LossInterception | None, match: str) -> Any:
+    """Return what weighs a loss module."""
+    name = type(found.module).__name__ if match in ("auto", "all", "first") else match
+    if found.whole:
+        return ModuleInterception(found.module, weigher, functions, name)
+    return TorchModuleInterception(found.module, weigher, name)
+
+
+def loss_modules(root: torch.nn.Module, *, all_of_them: bool) -> dict[str, LossModule]:
     """Return the loss modules in a module: those with a `reduction` that are named or made as losses.
 
     Without `all_of_them` those are left out whose function of torch is caught by itself.
     """
     return {
-        name: module
+        name: LossModule(module, type(module) not in _OF_TORCH or _compiled(root, name))
         for name, module in root.named_modules()
         if name
         and getattr(module, "reduction", None) in ("mean", "sum", "none")
         and "loss" in type(module).__name__.lower()
         and (all_of_them or type(module) not in _OF_TORCH)
     }
+
+
+def _compiled(root: torch.nn.Module, name: str) -> bool:
+    """Tell whether a submodule runs inside of compiled code, where no function is caught but hooks are traced."""
+    parts = name.split(".")
+    parents = (root.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1))
+    return "_orig_mod" in parts or any(getattr(m, "_compiled_call_impl", None) is not None for m in parents)

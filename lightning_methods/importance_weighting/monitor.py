@@ -21,8 +21,9 @@ from lightning_methods.report import curves, histograms, is_reporting, log_figur
 REMEDIES = (
     "What helps: stop early on the weighted validation risk (EarlyStopping('importance_weighting/val_risk')); weight "
     "decay, enough of it (1e-2 kept most of the effect in our measurements, 1e-3 little). What is made for it: "
-    "LogitAdjustedLoss or VSLoss for imbalanced classes; PolyTailLoss with exponent=1.5 to 3 (without an "
-    "exponent it kept little in ours). Fewer samples of the large classes is another way to the same end."
+    "LogitAdjustedLoss or VSLoss for imbalanced classes; PolyTailLoss, whose authors take exponent=1.5 to 3 (it kept "
+    "little in ours where the training data were fitted). Fewer samples of the large classes is another way to the "
+    "same end."
 )
 
 

@@ -17,6 +17,7 @@ from lightning_methods.importance_weighting.functions import thread
 from lightning_methods.importance_weighting.interception import (
     GradientInterception,
     LossInterception,
+    LossModule,
     intercept,
     loss_modules,
 )
@@ -58,7 +59,7 @@ class WeightedStep:
     def leave(self) -> None:
         """Let go of the batch and of the module; harmless when called twice."""
         self.weights.end()
-        self._modules: list[Any] | None = None
+        self._modules: list[LossModule] | None = None
 
     def check(self, module: Any) -> None:
         """Refuse a module without the layer or loss module that the mode needs."""
@@ -75,11 +76,11 @@ class WeightedStep:
         """Which loss modules are weighted, where it is modules that are chosen."""
         return self.weights.match if self.mode == "module" else "auto"
 
-    def loss_modules(self, module: Any) -> list[Any]:
+    def loss_modules(self, module: Any) -> list[LossModule]:
         """Return the loss modules that are weighted as a whole."""
         found, match = loss_modules(module, all_of_them=self.mode == "module"), self.module_match
         if match not in ("auto", "all", "first"):
-            found = {k: m for k, m in found.items() if match in (k, type(m).__name__)}
+            found = {k: m for k, m in found.items() if match in (k, type(m.module).__name__)}
         return list(dict.fromkeys(found.values()))
 
     def run_step(self, module: Any, batch: Any, batch_idx: int, step: Callable[[], Any]) -> Any:

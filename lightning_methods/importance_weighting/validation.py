@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightning_methods.core.gather import all_sum
-from lightning_methods.importance_weighting.interception import LossInterception, intercept
+from lightning_methods.importance_weighting.interception import LossInterception, LossModule, intercept
 from lightning_methods.importance_weighting.weights import BatchWeights
 
 
@@ -30,7 +30,7 @@ class ValidationRisk:
         """Start the sums of an epoch anew."""
         self.weights.risk = torch.zeros(2, dtype=torch.float64)
 
-    def enter(self, batch: Any, modules: Sequence[Any], match: str) -> None:
+    def enter(self, batch: Any, modules: Sequence[LossModule], match: str) -> None:
         """Catch the losses of the step of this batch, and of these loss modules as a whole."""
         self.leave()
         self.weights.evaluating, self.weights.measuring, self.weights.quick = True, not self.change, None

@@ -688,7 +688,7 @@ class CriterionModule(TinyModule):
 
     def __init__(self, settings=None, criterion=None):
         super().__init__(settings)
-        self.criterion = criterion or nn.CrossEntropyLoss()
+        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
 
     def own_loss(self, z, y):
         return self.criterion(z, y)
@@ -745,6 +745,31 @@ def test_mode_module_is_mode_function_for_the_losses_of_torch(tmp_path, criterio
     )
     assert_identical(by_module, by_function)
     assert not by_module.criterion._forward_hooks
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda backend: torch.compile(nn.CrossEntropyLoss(ignore_index=0), backend=backend),
+        lambda backend: torch.compile(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 2.0])), backend=backend),
+    ],
+    ids=["ignore_index", "own weights"],
+)
+def test_a_compiled_loss_module_in_mode_module(tmp_path, criterion, backend):
+    torch._dynamo.reset()
+    compiled = trained(
+        tmp_path,
+        make=lambda: CriterionModule(criterion=criterion(backend)),
+        callbacks=[ImportanceWeighting(W, mode="module")],
+    )
+    plain = trained(
+        tmp_path,
+        make=lambda: CriterionModule(criterion=criterion(backend)._orig_mod),
+        callbacks=[ImportanceWeighting(W, mode="function")],
+    )
+    pairs = zip(compiled.state_dict().values(), plain.state_dict().values(), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
 
 
 def test_batches_of_weight_zero_are_right_but_not_whole_epochs_of_them(tmp_path):
