@@ -91,7 +91,7 @@ def cifar10() -> None:
 def cifar10_figure() -> Figure:
     """Draw the share of held-out images predicted as cats over the epochs, a line a run."""
     found = {name: ratios for name, ratios in read("cifar10").items() if ratios}
-    figure = Figure(figsize=(2.6 * len(found), 2.8), layout="constrained")
+    figure = Figure(figsize=(2.6 * len(found) + 0.8, 2.8), layout="constrained")
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     colors = dict(zip(("16:1", "1:1", "1:16"), color_cycle(3), strict=True))
     for axis, (name, ratios) in zip(axes, found.items(), strict=True):
@@ -101,7 +101,7 @@ def cifar10_figure() -> Figure:
                 axis.plot(run["epochs"], shares, color=colors[ratio], lw=1, label=None if i else ratio)
         axis.set(title=name, xlabel="epoch", ylim=(0, 100))
     axes[0].set_ylabel("% predicted as cat")
-    axes[0].legend(title="cat : dog", loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), title="cat : dog", loc="outside right center")
     figure.suptitle("CIFAR-10, held-out cats and dogs")
     return figure
 
