@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchmetrics.functional.classification import binary_auroc
 
 from lightning_methods.core._lightning import Callback, rank_zero_info, rank_zero_warn
 from lightning_methods.core.passes import loaders_of
 from lightning_methods.core.progress import phase
 from lightning_methods.core.taps import FeatureTaps, Pool
-from lightning_methods.errors import InvalidArgument, NoEffect, UnsupportedTraining, check_choice
-from lightning_methods.rog.audit import LabelAudit, audit, true_labels_of
+from lightning_methods.errors import InvalidArgument, UnsupportedTraining, check_choice
+from lightning_methods.rog.audit import LabelAudit, audit, from_verdicts, true_labels_of, verdict
 from lightning_methods.rog.classifier import GenerativeClassifier, check_priors
 from lightning_methods.rog.display import show
 from lightning_methods.rog.ensemble import Fitted, LayerEnsemble, Mixing, fit_ensemble
 from lightning_methods.rog.estimators import Estimator
-from lightning_methods.rog.evaluate import accuracies, log_probabilities
-from lightning_methods.rog.features import Collected, Reader, collect, in_order, mean_pool, varies
+from lightning_methods.rog.evaluate import accuracies, log_probabilities, outlier_auroc
+from lightning_methods.rog.features import Collected, Reader, collect, mean_pool
 from lightning_methods.rog.mcd import check_support_fraction
 from lightning_methods.rog.module import RobustModule
 from lightning_methods.rog.surroundings import (
@@ -30,6 +29,8 @@ from lightning_methods.rog.surroundings import (
     blocks_before_classifier,
     fingerprint,
     is_last_epoch,
+    say_if_augmented,
+    say_if_useless,
     without_data,
 )
 
@@ -302,8 +303,35 @@ class RobustGenerativeClassifier(Callback):
         values |= {"noise_rate": self.audit.noise_rate, **self.audit.quality()}
         if validation is not None:
             values |= {f"fit/{name}": value for name, value in accuracies(fitted.ensemble, validation).items()}
-            self._say_whether_it_helps(values)
+            say_if_useless(values, prefers_softmax=self.prefers_softmax)
         return values
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def examine(self, trainer: Any, pl_module: Any) -> LabelAudit:
+        """Compare the labels of all training samples with the ensemble, also of those that the fit left out.
+
+        Returns `audit`, after one more pass over the training data.
+        """
+        ensemble = self._ready(trainer, pl_module)
+        found = self._collect(trainer, pl_module, "train", reduce=lambda x, y: {"verdict": verdict(ensemble, x, y)})
+        if found.dropped:
+            rank_zero_warn(f"{found.dropped} training samples have no label from 0 to C - 1 and are left out.")
+        if not len(found.labels):
+            raise UnsupportedTraining("The training data gave no sample with a label; nothing can be examined.")
+        self.audit = from_verdicts(ensemble, found, true_labels_of(loaders_of(trainer, self.train)))
+        return self.audit
+
+    def is_current(self, pl_module: Any) -> bool:
+        """Tell whether there is an ensemble, and it was fitted to these very weights."""
+        now = fingerprint(pl_module)
+        return (
+            self.ensemble is not None
+            and len(now) == len(self._weights_seen)
+            and all(
+                abs(a - b) <= 1e-9 * max(abs(a), abs(b), 1.0) for a, b in zip(now, self._weights_seen, strict=True)
+            )
+        )
 
     def deploy(self, pl_module: Any) -> RobustModule:
         """Return a LightningModule that classifies inputs by the ensemble.
@@ -350,7 +378,7 @@ class RobustGenerativeClassifier(Callback):
 
     def _refresh(self, trainer: Any, pl_module: Any) -> None:
         """Fit if what is there is not of the present weights."""
-        if without_data(trainer) or (self.ensemble is not None and self._is_current(pl_module)):
+        if without_data(trainer) or (self.is_current(pl_module)):
             return
         values = self.fit(trainer, pl_module)
         step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
@@ -358,25 +386,27 @@ class RobustGenerativeClassifier(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({f"{self.log_prefix}/{key}": value for key, value in values.items()}, step=step)
 
-    def _is_current(self, pl_module: Any) -> bool:
-        now = fingerprint(pl_module)
-        return len(now) == len(self._weights_seen) and all(
-            abs(a - b) <= 1e-9 * max(abs(a), abs(b), 1.0) for a, b in zip(now, self._weights_seen, strict=True)
-        )
-
     def _collect(
-        self, trainer: Any, pl_module: Any, which: str, *, labelled: bool = True, loader: Any = None
+        self,
+        trainer: Any,
+        pl_module: Any,
+        which: str,
+        *,
+        labelled: bool = True,
+        loader: Any = None,
+        reduce: Any = None,
     ) -> Collected:
         source = {"train": self.train, "fit": self.validation}.get(which, which) if loader is None else loader
         loaders, bounds = loaders_of(trainer, source), {}
-        if which == "train":
+        if which == "train" and reduce is None:
             bounds = {"max_per_class": self.max_per_class, "max_bytes": self.max_feature_bytes}
-            self._look_at(loaders)
+            if self._augmented is None:
+                self._augmented = say_if_augmented(loaders)
         return collect(
             trainer,
             pl_module,
             loaders,
-            Reader(self._attach(pl_module), **self._where),
+            Reader(self._attach(pl_module), reduce=reduce, **self._where),
             description=f"RobustGenerativeClassifier: {'validation' if which == 'fit' else which} data",
             limit=lambda one: batch_limit(trainer, source, one),
             labelled=labelled,
@@ -384,16 +414,6 @@ class RobustGenerativeClassifier(Callback):
             seed=self.seed,
             **bounds,
         )
-
-    def _look_at(self, loaders: Iterable[Any]) -> None:
-        """Warn once of augmentation, which would widen every class."""
-        if self._augmented is None:
-            self._augmented = any(varies(getattr(in_order(one)[0], "dataset", None)) for one in loaders)
-            if self._augmented:
-                rank_zero_warn(
-                    "The training data give another input each time a sample is read: they are augmented at random. "
-                    "Pass train= a dataloader of the same samples without augmentation for a better fit."
-                )
 
     def _validation(self, trainer: Any, pl_module: Any) -> Collected | None:
         """Return the validation split, or say that there is none where one is needed."""
@@ -434,9 +454,9 @@ class RobustGenerativeClassifier(Callback):
 
     def _ready(self, trainer: Any, pl_module: Any) -> LayerEnsemble:
         """Return the ensemble for the present weights: this one, that of the checkpoint, or a new one."""
-        if self.ensemble is None or not self._is_current(pl_module):
+        if not self.is_current(pl_module):
             self._load_from_checkpoint(trainer)
-        if self.ensemble is None or not self._is_current(pl_module):
+        if not self.is_current(pl_module):
             try:
                 self.fit(trainer, pl_module)
             except UnsupportedTraining as error:
@@ -474,25 +494,8 @@ class RobustGenerativeClassifier(Callback):
         ensemble = self._ready(trainer, pl_module)
         inside = self._collect(trainer, pl_module, "test", labelled=False)
         outside = self._collect(trainer, pl_module, "outliers", labelled=False, loader=self.outliers)
-        scores: dict[str, list[Tensor]] = {"auroc_outliers": [], "auroc_softmax": []}
-        for found in (inside, outside):
-            features = {name: x.to(ensemble.weights.device) for name, x in found.features.items()}
-            scores["auroc_outliers"].append(ensemble.outlier_score(features).cpu())
-            scores["auroc_softmax"].append(-found.confidence)
-        for name, (a, b) in scores.items():
-            label = torch.cat([torch.zeros(len(a)), torch.ones(len(b))]).long()
-            # only the order counts; binary_auroc takes what lies outside of [0, 1] for logits and saturates
-            order = torch.cat([a, b]).double().unique(return_inverse=True)[1].double()
-            value = binary_auroc(order / order.max().clamp(min=1), label)
-            pl_module.log(f"{self.log_prefix}/test/{name}", value.float(), batch_size=len(label))
-
-    def _say_whether_it_helps(self, values: dict[str, float]) -> None:
-        if self.prefers_softmax or values["fit/accuracy"] < values["fit/softmax"]:
-            rank_zero_warn(
-                f"RoG does not help here: on the validation split the network itself reaches "
-                f"{100 * values['fit/softmax']:.1f}%, the generative classifiers {100 * values['fit/accuracy']:.1f}%.",
-                category=NoEffect,
-            )
+        for name, value in outlier_auroc(ensemble, inside, outside).items():
+            pl_module.log(f"{self.log_prefix}/test/{name}", value, batch_size=len(inside.index) + len(outside.index))
 
     def _show(self, trainer: Any) -> None:
         if self.ensemble is not None and self.audit is not None:

@@ -64,6 +64,8 @@ class Reader:
     taps: FeatureTaps
     inputs: Selector = None
     labels: Selector = None
+    #: from features and labels of a batch to what is kept in place of the features, rows `(n, k)` by name
+    reduce: Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]] | None = None
 
 
 def mean_pool(x: Tensor) -> Tensor:
@@ -166,7 +168,8 @@ def collect(
                     if labelled
                     else torch.full((len(logits),), -1)
                 )
-                kept.add(features, labels, logits, index + offset)
+                rows = features if reader.reduce is None else reader.reduce(features, labels)
+                kept.add(rows, labels, logits, index + offset)
         offset += len(loader.dataset) if _sized(getattr(loader, "dataset", None)) else 1 << 32
     return kept.joined(pl_module.device, keep_unlabelled=not labelled)
 
