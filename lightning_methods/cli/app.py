@@ -122,8 +122,8 @@ def build_with_callback(
     found = (config.get("trainer") or {}).get("callbacks") or []
     entries = [e if isinstance(e, dict) else {"class_path": e} for e in (found if isinstance(found, list) else [found])]
     own = [e for e in entries if str(e.get("class_path")).rpartition(".")[2] == name]
-    entry = own[0] if own else {"class_path": name}
-    entry = {"class_path": entry["class_path"], "init_args": {**(entry.get("init_args") or {}), **changed}}
+    entry: dict[str, Any] = dict(own[0]) if own else {"class_path": name}
+    entry["init_args"] = {**(entry.get("init_args") or {}), **changed}
     cli = _without_run(config, [entry])
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
     return cli.model, cli.datamodule, next(c for c in callbacks if type(c).__name__ == name)

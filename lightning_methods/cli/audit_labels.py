@@ -70,9 +70,10 @@ def audit(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=f"{PROGRAM} audit-labels",
-        description="Which labels of the training data look wrong? Fits RobustGenerativeClassifier on the hidden layers "
-        "of a trained network, or takes what a checkpoint holds of such a fit, and compares every training sample. The "
-        "callback's settings are those of the configuration, if its trainer has one; an option here fits anew.",
+        description="Which labels of the training data look wrong? Fits RobustGenerativeClassifier on the hidden "
+        "layers of a trained network, or takes what a checkpoint holds of such a fit, and compares every training "
+        "sample. The callback's settings are those of the configuration, if its trainer has one; an option here fits "
+        "anew.",
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="of the network, as Lightning saved it, or bare weights")
     parser.add_argument("--config", required=True, help="YAML with model and data, such as the config.yaml of the run")
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--support-fraction",
         type=_fraction,
-        help="share of each class that is trusted: auto, half, or from 0.5 to 1; default auto",
+        help="samples of each class that are trusted: auto, half, confirmed, or a share from 0.5 to 1; default auto",
         **changes,
     )
     parser.add_argument("--max-per-class", type=int, help="samples that are fitted; default 5000", **changes)
@@ -94,12 +95,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fraction(text: str) -> float | str | None:
-    if text == "auto":
+    if text in ("auto", "confirmed"):
         return text
     try:
         return None if text == "half" else float(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: auto, half, or a number from 0.5 to 1 is needed") from error
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: auto, half, confirmed, or a number from 0.5 to 1 is needed"
+        ) from error
 
 
 def _state_in(path: str, rog: RobustGenerativeClassifier) -> dict[str, Any] | None:

@@ -31,6 +31,7 @@ from lightning_methods.rog.surroundings import (
     is_last_epoch,
     say_if_augmented,
     say_if_useless,
+    say_what_is_missing,
     without_data,
 )
 
@@ -62,8 +63,9 @@ class RobustGenerativeClassifier(Callback):
     Args:
         layers: names or patterns; `None` takes up to four blocks before the classifier, and says which.
         estimator: `"mcd"`, `"official"` or `"sample"`, see `GenerativeClassifier`.
-        support_fraction: `None` for the most robust support (the paper), a share from 0.5 to 1, or `"auto"`, which
-            tries several on the validation split, and the softmax itself.
+        support_fraction: `None` for the most robust support (the paper), a share from 0.5 to 1, `"confirmed"` for a
+            plain estimate of the samples whose labels the most robust one confirms, or `"auto"`, which tries all
+            these on the validation split, and the softmax itself.
         ensemble: `"noisy_val"` learns the weights on the half of the validation split that fits its labels best,
             `"clean_val"` on all of it; `"uniform"` or `"last"` without one.
         priors: `"uniform"`, `"empirical"` or a probability for each class.
@@ -105,7 +107,7 @@ class RobustGenerativeClassifier(Callback):
         layers: str | list[str] | None = None,
         *,
         estimator: Estimator = "mcd",
-        support_fraction: float | Literal["auto"] | None = "auto",
+        support_fraction: float | Literal["auto", "confirmed"] | None = "auto",
         ensemble: Mixing = "noisy_val",
         priors: Literal["uniform", "empirical"] | list[float] = "uniform",
         every_n_epochs: int | None = None,
@@ -125,7 +127,7 @@ class RobustGenerativeClassifier(Callback):
         seed: int = 0,
         log_prefix: str = "rog",
     ) -> None:
-        if support_fraction != "auto":
+        if support_fraction not in ("auto", "confirmed"):
             check_support_fraction(support_fraction)
         check_choice("ensemble", ensemble, ("noisy_val", "clean_val", "uniform", "last"))
         check_priors(priors)
@@ -140,7 +142,7 @@ class RobustGenerativeClassifier(Callback):
             if value is not None and value < least:
                 raise InvalidArgument(f"{name}={value}: at least {least} is needed.")
         self.layers = layers
-        self.support_fraction: float | Literal["auto"] | None = support_fraction
+        self.support_fraction = support_fraction
         self.mixing: Mixing = ensemble
         self.settings: dict[str, Any] = {"estimator": estimator, "priors": priors, "shrinkage": shrinkage, "seed": seed}
         self.every_n_epochs = every_n_epochs
@@ -165,7 +167,7 @@ class RobustGenerativeClassifier(Callback):
     def _reset(self) -> None:
         self.ensemble: LayerEnsemble | None = None
         self.prefers_softmax = False
-        self.chosen_fraction: float | None = None
+        self.chosen_fraction: float | Literal["confirmed"] | None = None
         self.audit: LabelAudit | None = None
         self.predictions: Tensor | None = None
         self.figure_paths: list[Path] = []
@@ -279,13 +281,7 @@ class RobustGenerativeClassifier(Callback):
         """Read training and validation data, fit, and return the accuracies on the validation split."""
         self._attach(pl_module)
         training = self._collect(trainer, pl_module, "train")
-        if training.left_out:
-            rank_zero_warn(
-                f"RobustGenerativeClassifier uses {len(training.labels)} training samples and leaves out "
-                f"{training.left_out}. Raise max_per_class or max_feature_bytes for more."
-            )
-        if training.dropped:
-            rank_zero_warn(f"{training.dropped} training samples have no label from 0 to C - 1 and are left out.")
+        say_what_is_missing(training)
         classes = int(training.labels.unique().numel())
         if classes < 2:
             raise InvalidArgument(
@@ -315,8 +311,7 @@ class RobustGenerativeClassifier(Callback):
         """
         ensemble = self._ready(trainer, pl_module)
         found = self._collect(trainer, pl_module, "train", reduce=lambda x, y: {"verdict": verdict(ensemble, x, y)})
-        if found.dropped:
-            rank_zero_warn(f"{found.dropped} training samples have no label from 0 to C - 1 and are left out.")
+        say_what_is_missing(found)
         if not len(found.labels):
             raise UnsupportedTraining("The training data gave no sample with a label; nothing can be examined.")
         self.audit = from_verdicts(ensemble, found, true_labels_of(loaders_of(trainer, self.train)))
@@ -328,9 +323,7 @@ class RobustGenerativeClassifier(Callback):
         return (
             self.ensemble is not None
             and len(now) == len(self._weights_seen)
-            and all(
-                abs(a - b) <= 1e-9 * max(abs(a), abs(b), 1.0) for a, b in zip(now, self._weights_seen, strict=True)
-            )
+            and all(abs(a - b) <= 1e-9 * max(abs(a), abs(b), 1.0) for a, b in zip(now, self._weights_seen, strict=True))
         )
 
     def deploy(self, pl_module: Any) -> RobustModule:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_methods.core._lightning import rank_zero_warn
 from lightning_methods.core.layers import named_layers_first
 from lightning_methods.errors import LayerNotFound, NoEffect
-from lightning_methods.rog.features import in_order, varies
+from lightning_methods.rog.features import Collected, in_order, varies
 
 _LAST_LAYERS = 4  # how many blocks before the classifier are used if none are named
 
@@ -96,3 +96,14 @@ def say_if_useless(values: dict[str, float], *, prefers_softmax: bool) -> None:
             f"{100 * values['fit/softmax']:.1f}%, the generative classifiers {100 * values['fit/accuracy']:.1f}%.",
             category=NoEffect,
         )
+
+
+def say_what_is_missing(found: Collected) -> None:
+    """Warn of samples that were not used."""
+    if found.left_out:
+        rank_zero_warn(
+            f"RobustGenerativeClassifier uses {len(found.labels)} training samples and leaves out {found.left_out}. "
+            f"Raise max_per_class or max_feature_bytes for more."
+        )
+    if found.dropped:
+        rank_zero_warn(f"{found.dropped} training samples have no label from 0 to C - 1 and are left out.")
