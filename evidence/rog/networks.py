@@ -18,11 +18,12 @@ from lightning_methods.models import MLP, CIFARResNet
 
 CHOSEN: dict[str, dict[str, Any]] = {
     "digits": {"epochs": 250, "batch": 256, "lr": 2e-3},
-    "mnist": {"epochs": 100, "batch": 256, "lr": 1e-3},
+    "mnist": {"epochs": 60, "batch": 128, "lr": 1e-3},
     "cifar10": {"epochs": 120, "batch": 128, "lr": 0.1},
 }
-TRAIN = {"mnist": 5000, "cifar10": None}  # training images; None for all
+TRAIN = 5000  # training images of MNIST
 VALIDATION = 1000  # noisy ones
+TEST = {"mnist": 2000}  # of the test images, the first so many
 
 
 class BestEpoch(Callback):
@@ -57,12 +58,12 @@ def digits(seed: int) -> list[TensorDataset]:
     return parts
 
 
-def from_module(data: Any) -> list[TensorDataset]:
-    """Return train, validation (the first so many) and test of a data module, standardised."""
+def from_module(data: Any, test: int | None = None) -> list[TensorDataset]:
+    """Return train, validation (the first so many) and test (likewise) of a data module, standardised."""
     data.prepare_data()
     data.setup()
     found = []
-    for dataset, most in ((data.train_dataset, None), (data.val_dataset, VALIDATION), (data.test_dataset, None)):
+    for dataset, most in ((data.train_dataset, None), (data.val_dataset, VALIDATION), (data.test_dataset, test)):
         batches = [dataset.__getitems__(list(own)) for own in BatchSampler(range(len(dataset)), 1000, False)]
         x, y = torch.cat([b.inputs for b in batches]), torch.cat([b.targets for b in batches])
         found.append(TensorDataset(x[:most], y[:most]))
@@ -74,7 +75,7 @@ def noisy(args: argparse.Namespace, seed: int, kind: str, rate: float) -> tuple[
     if args.data == "digits":
         parts = digits(seed)
     elif args.data == "mnist":
-        parts = from_module(MNISTDataModule(args.root, flat=True, train_size=TRAIN["mnist"], seed=seed))
+        parts = from_module(MNISTDataModule(args.root, flat=True, train_size=TRAIN, seed=seed), TEST["mnist"])
     else:
         parts = from_module(CIFAR10DataModule(args.root, seed=seed, augment=False))
     right = [part.tensors[1] for part in parts[:2]]
@@ -90,7 +91,7 @@ def untrained(args: argparse.Namespace) -> Classifier:
         sgd = partial(torch.optim.SGD, lr=args.lr, momentum=0.9, weight_decay=5e-4)
         steps = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[args.epochs // 3, 2 * args.epochs // 3])
         return Classifier(CIFARResNet(depth=32), sgd, steps)
-    widths = (256, 64, 64) if args.data == "digits" else (512, 128, 64)
+    widths = (256, 64, 64) if args.data == "digits" else (256, 128, 64)
     return Classifier(MLP(64 if args.data == "digits" else 784, widths), partial(torch.optim.Adam, lr=args.lr))
 
 
