@@ -91,8 +91,12 @@ def untrained(args: argparse.Namespace) -> Classifier:
         sgd = partial(torch.optim.SGD, lr=args.lr, momentum=0.9, weight_decay=5e-4)
         steps = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[args.epochs // 3, 2 * args.epochs // 3])
         return Classifier(CIFARResNet(depth=32), sgd, steps)
-    widths = (256, 64, 64) if args.data == "digits" else (256, 128, 64)
-    return Classifier(MLP(64 if args.data == "digits" else 784, widths), partial(torch.optim.Adam, lr=args.lr))
+    adam = partial(torch.optim.Adam, lr=args.lr)
+    if args.data == "digits":
+        return Classifier(MLP(64, (256, 64, 64)), adam)
+    # with a constant rate the last epoch does not know all labels by heart
+    falling = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=args.epochs)
+    return Classifier(MLP(784, (256, 128, 64)), adam, falling)
 
 
 def quiet(args: argparse.Namespace) -> dict[str, Any]:
