@@ -29,6 +29,7 @@ def show(
     paths += log_figure(trainer, f"{key}/distances", audit.distance_figure())
     columns, rows = audit.table(_LISTED)
     paths += log_table(trainer, f"{key}/suspected_mislabels", columns, rows)
+    paths += log_table(trainer, f"{key}/classes", *audit.by_class())
     paths += log_table(trainer, f"{key}/layers", *layers_of(ensemble))
     paths += log_figure(trainer, f"{key}/weights", layers_figure(ensemble))
     if len(next(iter(history.values()), [])) > 1:
