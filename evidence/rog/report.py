@@ -97,7 +97,7 @@ def audit_table(groups: Groups) -> str:
         cells = [[r[name] for r in group if name in r] for name in FOUND]
         chosen = [str(r["support_fraction"] or "half") + ", softmax" * r["prefers_softmax"] for r in group]
         rows.append([title, *(spread(values) if values else "" for values in cells), "; ".join(chosen)])
-    return table(["wrong labels", *FOUND.values(), "support chosen, by seed"], rows)
+    return table(["noise", *FOUND.values(), "support chosen, by seed"], rows)
 
 
 def layer_table(groups: Groups) -> str:
@@ -117,15 +117,15 @@ def layer_table(groups: Groups) -> str:
 
 def picture(title: str, groups: Groups, path: Path) -> None:
     uniform = {0.0: groups.get("none"), **{r: groups.get(f"uniform {r:.0%}") for r in (0.2, 0.4, 0.6)}}
-    known = {100 * rate: group for rate, group in uniform.items() if group}
+    known = {rate: group for rate, group in uniform.items() if group}
     lines = {
         NAMES[name]: (list(known), [100 * statistics.fmean(r["accuracy"][name] for r in g) for g in known.values()])
         for name in ("softmax", "sample", "official", "ours")
     }
     figure = curves(
         lines,
-        title=f"{title}: one network that knows all its labels by heart",
-        x_label="wrong training labels, % (uniform)",
+        title=f"{title}: classifiers on one network",
+        x_label="share of wrong training labels (uniform)",
         y_label="right on the test set, %",
     )
     figure.savefig(path, dpi=150)
