@@ -19,6 +19,7 @@ Features = Mapping[str, Tensor]
 Support = float | Literal["auto", "confirmed"] | None
 
 CANDIDATES: tuple[Support, ...] = (None, 0.7, 0.9, 1.0, "confirmed")  # most robust first
+_FEWEST = 10  # validation samples of each class, on average, without which nothing can be chosen by them
 _ROUNDS = 3  # of fitting to the confirmed samples
 _RATE, _EPOCHS, _BATCH, _TINY = 0.02, 20, 50, 1e-10  # of the released code
 _ROWS = 16_384  # at a time
@@ -161,6 +162,7 @@ def fit_ensemble(
     confirms. With `"auto"`, supports from the most robust to all samples, and `"confirmed"` at last, are tried in turn.
     One replaces another if it makes the validation labels likelier, by over one standard error of the paired
     difference; see `noisy_log_likelihood`. The softmax is preferred if it agrees with more of these labels, likewise.
+    With fewer than ten validation samples a class nothing is tried, and the most robust support stays.
 
     Args:
         features: of the training samples by layer, `(n, d_l)` each.
@@ -176,7 +178,8 @@ def fit_ensemble(
         validation = {}, labels[:0], labels[:0]
     x, y, predicted = validation
     usable = torch.where((y >= 0) & (y < num_classes))[0]
-    tried = support_fraction == "auto" and settings.get("estimator", "mcd") == "mcd" and len(usable) > 0
+    enough = len(usable) >= _FEWEST * num_classes
+    tried = support_fraction == "auto" and settings.get("estimator", "mcd") == "mcd" and enough
     robust: Support = None if support_fraction == "auto" else support_fraction
     x = {name: value[usable.to(value.device)] for name, value in x.items()}
     y, predicted = y[usable], predicted[usable.to(predicted.device)]

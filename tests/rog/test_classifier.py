@@ -220,3 +220,28 @@ def test_a_class_that_nothing_confirms_keeps_its_samples() -> None:
     found = fit_ensemble({"a": x}, given, 3, validation=None, support_fraction="confirmed")
     assert bool(found.ensemble({"a": x}).isfinite().all())
     assert found.ensemble.num_classes == 3
+
+
+def test_a_small_validation_split_chooses_nothing() -> None:
+    x, given, _ = clusters(900, 6)
+    for count, chosen in ((29, True), (31, False)):
+        held_out = ({"a": x[:count]}, given[:count], given[:count])
+        found = fit_ensemble({"a": x[100:]}, given[100:], 3, validation=held_out)
+        robust = fit_ensemble({"a": x[100:]}, given[100:], 3, validation=held_out, support_fraction=None)
+        same = torch.equal(found.ensemble.by_layer()["a"].weight, robust.ensemble.by_layer()["a"].weight)
+        assert same or not chosen
+        assert not (chosen and found.prefers_softmax)
+
+
+@pytest.mark.parametrize("support", [None, 1.0, "confirmed"])
+def test_roundings_of_the_features_stay_roundings(support: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(48) % 3
+    x = torch.randn(48, 16, generator=generator) + torch.nn.functional.one_hot(y, 16)
+    near = x * (1 + 1e-7 * torch.randn(48, 16, generator=generator))
+    first, second = (
+        fit_ensemble({"a": z}, y, 3, validation=None, support_fraction=support, max_dim=8).ensemble.state_dict()
+        for z in (x, near)
+    )
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=1e-5, atol=1e-5)
