@@ -97,7 +97,8 @@ def whiten(covariance: Tensor, total: Tensor) -> Tensor:
     largest = values.max() if len(live) else 1.0
     values = values.clamp(min=_FLOOR * largest) if largest > 0 else torch.full_like(values, _FLOOR)
     whitening = covariance.new_zeros(len(live), len(covariance))
-    whitening[:, live] = (_with_sign(vectors) / values.sqrt()).T / deviation
+    # the symmetric root: it is the same for whatever signs and directions of equal variance the eigenvectors come with
+    whitening[:, live] = (vectors / values.sqrt()) @ vectors.T / deviation
     return whitening
 
 
@@ -116,12 +117,7 @@ def principal_axes(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         centred = part.double() - mean
         scatter += centred.T @ centred
     _, vectors = torch.linalg.eigh(scatter / len(x))
-    return mean, _with_sign(vectors[:, -count:].flip(1))
-
-
-def _with_sign(vectors: Tensor) -> Tensor:
-    """Return eigenvectors, which have no sign, with the largest component of each positive, on every machine."""
-    if not vectors.numel():
-        return vectors
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * torch.where(largest < 0, -1.0, 1.0)
+    directions = vectors[:, -count:].flip(1)
+    # eigenvectors have no sign; the largest component of each is made positive, on every machine
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    return mean, directions * torch.where(largest < 0, -1.0, 1.0)
