@@ -43,6 +43,9 @@ COMMANDS = {
     "dropout-map": Command(
         "lightning_methods.cli.dropout_map:draw", "which pass needs the noise of dropout, over a grid of both rates"
     ),
+    "audit-labels": Command(
+        "lightning_methods.cli.audit_labels:audit", "which training labels look wrong, by a network trained on them"
+    ),
     "list": Command("lightning_methods.cli.cards:list_techniques", "the techniques, their classes and papers"),
     "card": Command(
         "lightning_methods.cli.cards:show_card", "all about one technique: use, settings, evidence, limits"
