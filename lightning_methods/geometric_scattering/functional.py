@@ -121,12 +121,11 @@ def transition(
     if remove_self_loops:
         kept &= edge_index[0] != edge_index[1]
     edge_index, weight = edge_index[:, kept], weight[kept]
-    keys, place = torch.unique(edge_index[0] * size + edge_index[1], return_inverse=True)
-    if len(keys) < len(weight):  # edges that are listed several times
+    keys = edge_index[0] * size + edge_index[1]
+    if not bool((keys[1:] > keys[:-1]).all()):  # in order and each once, as PyG keeps them, there is nothing to do
+        keys, place = torch.unique(keys, return_inverse=True)
         summed = weight.new_zeros(len(keys)).index_add_(0, place, weight)
         weight = torch.ones_like(summed) if edge_weight is None else summed
-    else:
-        weight = weight.new_empty(len(keys)).index_copy_(0, place, weight)
     source, target = keys // max(size, 1), keys % max(size, 1)
     out = weight.new_zeros(size).index_add_(0, source, weight)
     into = weight.new_zeros(size).index_add_(0, target, weight)

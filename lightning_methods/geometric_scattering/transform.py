@@ -181,7 +181,7 @@ class GeometricScattering(GraphTransform):
         for graphs in _grouped(dataset, batch_nodes):
             features = self.features(batches.from_data_list(graphs))
             for graph, row in zip(graphs, features, strict=True):
-                copied = graph.clone()
+                copied = copy.copy(graph)  # shares the tensors of the graph, as all transforms of PyG do
                 setattr(copied, self.attr, row[None].clone())
                 done.append(copied)
         return done
