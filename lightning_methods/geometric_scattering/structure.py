@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
+import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from lightning_methods.errors import InvalidArgument, check_choice
 from lightning_methods.geometric_scattering.functional import sparse_matrix, transition
 from lightning_methods.geometric_scattering.moments import checked_batch
+
+Disconnected = Literal["component", "zero", "error"]
 
 # small graphs, and larger ones with more than 1/16 of all edges, are cheaper as dense blocks of many graphs at once
 _SMALL_NODES, _DENSE_FACTOR, _DENSE_NODES = 64, 16, 1024
@@ -68,7 +75,13 @@ def clustering_coefficient(edge_index: Tensor, batch: Tensor | None = None, num_
     return torch.where(pairs > 0, 2 * triangles / pairs.clamp(min=1), 0.0)
 
 
-def eccentricity(edge_index: Tensor, batch: Tensor | None = None, num_nodes: int | None = None) -> Tensor:
+def eccentricity(
+    edge_index: Tensor,
+    batch: Tensor | None = None,
+    num_nodes: int | None = None,
+    *,
+    disconnected: Disconnected = "component",
+) -> Tensor:
     """Return the number of edges to the farthest node that can be reached, 0 of a node alone.
 
     Shapes:
@@ -78,9 +91,11 @@ def eccentricity(edge_index: Tensor, batch: Tensor | None = None, num_nodes: int
         edge_index: the edges, an undirected one in both directions; directed ones are followed from source to target.
         batch: to which graph each node belongs, which makes many graphs fast; by default all to one.
         num_nodes: number of nodes; by default that of `batch`, or one more than the largest index.
+        disconnected: what a graph of several parts gets: each `"component"` by itself, `"zero"` at all nodes, or an
+            `"error"`. The paper has no eccentricity of such graphs.
 
     Raises:
-        InvalidArgument: for an index outside the nodes.
+        InvalidArgument: for an index outside the nodes, or where asked for, a graph that is not connected.
         ShapeMismatch: if batch and nodes do not fit together.
 
     Example:
@@ -88,7 +103,18 @@ def eccentricity(edge_index: Tensor, batch: Tensor | None = None, num_nodes: int
         >>> eccentricity(torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]))
         tensor([2., 1., 2.], dtype=torch.float64)
     """
-    return _Graphs(edge_index, batch, num_nodes).apply(_eccentricity_of_dense, _eccentricity_of_sparse)
+    check_choice("disconnected", disconnected, ("component", "zero", "error"))
+    graphs = _Graphs(edge_index, batch, num_nodes)
+    found = graphs.apply(_eccentricity_of_dense, _eccentricity_of_sparse)
+    if disconnected == "component":
+        return found
+    apart = graphs.apart()
+    if disconnected == "error" and bool(apart.any()):
+        raise InvalidArgument(
+            f"Node {int(apart.nonzero()[0])} is in a graph that is not connected ({int(apart.sum())} nodes are), and "
+            f"disconnected='error'. Take its components by themselves with 'component', or 'zero'."
+        )
+    return found.masked_fill(apart, 0)
 
 
 #: name -> function of `edge_index`, `batch` and `num_nodes`
@@ -137,6 +163,18 @@ class _Graphs:
             result[start : start + count] = found.double()
         back = torch.empty_like(result)
         back[self.order] = result
+        return back
+
+    def apart(self) -> Tensor:
+        """Return which nodes are in a graph that is not connected."""
+        source, target = self.edges.cpu().numpy()
+        links = coo_array((np.ones(len(source), dtype=np.int8), (source, target)), (self.size, self.size))
+        parts = torch.from_numpy(connected_components(links, directed=False)[1].astype(np.int64)).to(self.order.device)
+        graph = torch.arange(len(self.counts), device=parts.device).repeat_interleave(self.counts)
+        torn = torch.zeros(len(self.counts), dtype=torch.bool, device=parts.device)
+        torn[graph[parts != parts[self.starts[graph]]]] = True
+        back = torch.empty(self.size, dtype=torch.bool, device=parts.device)
+        back[self.order] = torn[graph]
         return back
 
     def _alike(self, wanted: Tensor) -> Iterator[Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,8 +21,13 @@ from lightning_methods.geometric_scattering.functional import (
     scattering_coefficients,
     scattering_paths,
 )
-from lightning_methods.geometric_scattering.moments import feature_names, moment_contributions, scattering_moments
-from lightning_methods.geometric_scattering.structure import SIGNALS
+from lightning_methods.geometric_scattering.moments import (
+    feature_names,
+    moment_contributions,
+    scattering_moments,
+    warn_of_moments,
+)
+from lightning_methods.geometric_scattering.structure import SIGNALS, Disconnected, clustering_coefficient, eccentricity
 
 # entries of all coefficients that are held at a time
 _ELEMENTS = 2**23
@@ -62,6 +68,7 @@ class GeometricScattering(GraphTransform):
         isolated: whether a node without edges loses mass as in the paper, or keeps it.
         remove_self_loops: whether edges from a node to itself are left out.
         use_edge_weight: whether `data.edge_weight` weights the edges, where there is one.
+        to_undirected: whether edges in one direction go both ways; by default they carry mass from source to target.
         include_finest: whether there is the filter :math:`I - P`.
         include_lowpass: whether there is the filter :math:`P^{2^J}`.
         dtype: of the computation and the features; single precision loses the longest scales.
@@ -91,6 +98,7 @@ class GeometricScattering(GraphTransform):
         isolated: Isolated = "leak",
         remove_self_loops: bool = True,
         use_edge_weight: bool = True,
+        to_undirected: bool = False,
         include_finest: bool = False,
         include_lowpass: bool = False,
         dtype: torch.dtype = torch.float64,
@@ -114,13 +122,14 @@ class GeometricScattering(GraphTransform):
         self.paths = scattering_paths(**self.filters)
         self.moments: dict[str, Any] = {"Q": Q, "normalized": normalized}
         scattering_moments(torch.zeros(1, 1, 1), **self.moments)  # checks Q
+        warn_of_moments(Q, normalized=normalized, owner=type(self).__name__)
         self.walk: dict[str, Any] = {
             "normalization": normalization,
             "isolated": isolated,
             "remove_self_loops": remove_self_loops,
             "dtype": dtype,
         }
-        self.use_edge_weight = use_edge_weight
+        self.use_edge_weight, self.to_undirected = use_edge_weight, to_undirected
         self.attr = attr
         self._warned = False
 
@@ -153,8 +162,11 @@ class GeometricScattering(GraphTransform):
     def _walk_and_signals(self, data: Any, nodes: int, batch: Tensor) -> tuple[Tensor, Tensor]:
         edge_index = edges_of(data)
         weight = data.edge_weight if self.use_edge_weight and "edge_weight" in data else None
+        if self.to_undirected:
+            utils = require("torch_geometric.utils", extra="graph", why="to_undirected")
+            edge_index, weight = utils.to_undirected(edge_index, weight, nodes, reduce="max")
         self._warn_of_direction(edge_index, weight, nodes)
-        return lazy_random_walk(edge_index, weight, nodes, **self.walk), self._signals(data, nodes, batch)
+        return lazy_random_walk(edge_index, weight, nodes, **self.walk), self._signals(data, edge_index, nodes, batch)
 
     def transform_dataset(self, dataset: Iterable[Any], batch_nodes: int = 40_000) -> list[Any]:
         """Return copies of all graphs with their features, many graphs at a time.
@@ -199,14 +211,14 @@ class GeometricScattering(GraphTransform):
         names = [[f"x{i}" for i in range(in_channels)] if s == "x" else [s] for s in self.signals]
         return feature_names([name for part in names for name in part], **self.filters, **self.moments)
 
-    def _signals(self, data: Any, nodes: int, batch: Tensor) -> Tensor:
+    def _signals(self, data: Any, edge_index: Tensor, nodes: int, batch: Tensor) -> Tensor:
         dtype = self.walk["dtype"]
         columns = []
         for name in self.signals:
             if name == "x":
                 columns.append(signal_of(data).to(dtype))
             else:
-                columns.append(SIGNALS[name](edges_of(data), batch, nodes)[:, None].to(dtype))
+                columns.append(SIGNALS[name](edge_index, batch, nodes)[:, None].to(dtype))
         signals = torch.cat(columns, 1)
         if not bool(signals.isfinite().all()):
             bad = (~signals.isfinite()).nonzero()[0].tolist()
@@ -222,7 +234,7 @@ class GeometricScattering(GraphTransform):
         self._warned = True
         rank_zero_warn(
             "GeometricScattering: the edges are directed, and the paper's walk is that of undirected ones. Mass flows "
-            "from source to target; apply torch_geometric.transforms.ToUndirected() first if that is not meant.",
+            "from source to target; set to_undirected=True if that is not meant.",
             category=LightningMethodsWarning,
         )
 
@@ -234,7 +246,7 @@ class GeometricScattering(GraphTransform):
 class _Structural(GraphTransform):
     """A transform that adds a structural signal to the node features."""
 
-    name: str
+    signal: Callable[[Tensor, Tensor | None, int | None], Tensor]
 
     def __init__(self, *, cat: bool = True) -> None:
         self.cat = cat
@@ -242,7 +254,7 @@ class _Structural(GraphTransform):
     def forward(self, data: Any) -> Any:
         """Return the graph, or batch of graphs, with the signal in `data.x`."""
         nodes, batch, _ = _nodes_of(data)
-        signal = SIGNALS[self.name](edges_of(data), batch, nodes)[:, None]
+        signal = self.signal(edges_of(data), batch, nodes)[:, None]
         x = data.x if self.cat and data.x is not None else None
         if x is None:
             data.x = signal.to(torch.get_default_dtype())
@@ -256,10 +268,15 @@ class _Structural(GraphTransform):
 class Eccentricity(_Structural):
     """Add the number of edges to the farthest node that can be reached to the node features.
 
-    Parts of a graph that is not connected count by themselves. Batches of many graphs are treated at once.
+    Batches of many graphs are treated at once.
 
     Args:
         cat: whether to append to `data.x`, or to replace it.
+        disconnected: what a graph of several parts gets: each `"component"` by itself, `"zero"` at all nodes, or an
+            `"error"`.
+
+    Raises:
+        InvalidArgument: where asked for, of a graph that is not connected.
 
     Example:
         >>> import torch
@@ -269,7 +286,10 @@ class Eccentricity(_Structural):
         tensor([2., 1., 2.])
     """
 
-    name = "eccentricity"
+    def __init__(self, *, cat: bool = True, disconnected: Disconnected = "component") -> None:
+        super().__init__(cat=cat)
+        check_choice("disconnected", disconnected, ("component", "zero", "error"))
+        self.signal = partial(eccentricity, disconnected=disconnected)
 
 
 class ClusteringCoefficient(_Structural):
@@ -288,7 +308,7 @@ class ClusteringCoefficient(_Structural):
         tensor([1., 1., 1.])
     """
 
-    name = "clustering"
+    signal = staticmethod(clustering_coefficient)
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------

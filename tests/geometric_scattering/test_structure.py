@@ -96,3 +96,23 @@ def test_bad_input():
         eccentricity(undirected([(0, 5)]), None, 2)
     with pytest.raises(ShapeMismatch, match="4 nodes"):
         eccentricity(undirected([(0, 1)]), torch.zeros(3, dtype=torch.int64), 4)
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_graphs_of_several_parts(scattered):
+    # a path of 3, a path of 2 beside a node alone, a pair, and a graph of one node
+    edges = torch.tensor([[0, 1, 1, 2, 3, 4, 6, 7], [1, 0, 2, 1, 4, 3, 7, 6]])
+    batch = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3])
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0)) if scattered else torch.arange(9)
+    place = torch.argsort(order)
+    edges, batch = place[edges], batch[order]
+    zero = eccentricity(edges, batch, disconnected="zero")
+    assert zero[place].tolist() == [2, 1, 2, 0, 0, 0, 1, 1, 0]
+    assert eccentricity(edges, batch)[place].tolist() == [2, 1, 2, 1, 1, 0, 1, 1, 0]
+    with pytest.raises(InvalidArgument, match="3 nodes are"):
+        eccentricity(edges, batch, disconnected="error")
+    connected = eccentricity(torch.tensor([[0, 1], [1, 0]]), torch.tensor([0, 0, 1]), disconnected="error")
+    assert connected.tolist() == [1, 1, 0]
+    assert eccentricity(torch.zeros(2, 0, dtype=torch.int64), num_nodes=0, disconnected="error").shape == (0,)
+    with pytest.raises(InvalidArgument, match="component"):
+        eccentricity(edges, batch, disconnected="part")
