@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -33,8 +34,8 @@ from lightning_methods.geometric_scattering.subspaces import (
 from lightning_methods.geometric_scattering.transform import GeometricScattering
 from lightning_methods.report import curves, heatmap, is_reporting, log_figure, log_table
 
-# graphs that are kept for drawing, and the largest that can still be looked at
-_KEPT, _LARGEST = 300, 120
+# graphs of each class that are kept for drawing, and the largest that can still be looked at
+_KEPT, _LARGEST = 100, 120
 
 
 class ScatteringExplorer(Callback):
@@ -217,7 +218,7 @@ class ScatteringExplorer(Callback):
             labels.append(y)
             source = self._source(pl_module, batch)
             names = names or source.names(x.shape[1])
-            graphs += _small_graphs(batch, x, y) if len(graphs) < _KEPT else []
+            graphs += _small_graphs(batch, x, y, Counter(graph.label for graph in graphs))
         if not rows:
             rank_zero_warn("ScatteringExplorer got no batch and shows nothing.", category=NoEffect)
             return None
@@ -396,15 +397,16 @@ class _Source:
         return filter_responses(self.encoder.J if self.encoder is not None else self.origin.filters["J"])
 
 
-def _small_graphs(batch: Any, features: Tensor, labels: Tensor) -> list[_Graph]:
-    """Return the graphs of a batch that can be looked at, on the CPU."""
+def _small_graphs(batch: Any, features: Tensor, labels: Tensor, known: Counter[int]) -> list[_Graph]:
+    """Return the graphs of a batch that can be looked at, on the CPU, but of classes with enough of them."""
     if getattr(batch, "edge_index", None) is None:
         return []
     graphs = batch.to_data_list() if hasattr(batch, "to_data_list") else [batch]
     kept = []
     for graph, row, label in zip(graphs, features.cpu(), labels.tolist(), strict=True):
-        if 0 < int(graph.num_nodes or 0) <= _LARGEST:
+        if known[label] < _KEPT and 0 < int(graph.num_nodes or 0) <= _LARGEST:
             kept.append(_Graph(graph.cpu(), row, label))
+            known[label] += 1
     return kept
 
 
