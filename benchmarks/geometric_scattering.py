@@ -92,7 +92,7 @@ def graphs_of(name: str, root: str) -> list[Data] | None:
 def in_batches(graphs: list[Data], scattering: GeometricScattering, device: str) -> Tensor:
     """Return the features of all graphs: those of one call on a CPU, of large batches on a GPU."""
     if device == "cpu":
-        return torch.cat([graph.scattering for graph in scattering.transform_dataset(graphs)])
+        return scattering.dataset_features(graphs)
     parts = DataLoader(graphs, batch_size=512)
     return torch.cat([scattering.features(batch.to(device)) for batch in parts])
 

@@ -83,9 +83,12 @@ def sparse_matrix(rows: Tensor, columns: Tensor, values: Tensor, size: int) -> T
     order = torch.argsort(rows * size + columns)
     starts = torch.zeros(size + 1, dtype=torch.int64, device=rows.device)
     starts[1:] = torch.bincount(rows, minlength=size).cumsum(0)
+    columns = columns[order]
+    if max(len(columns), size) < 2**31:  # a fifth faster
+        starts, columns = starts.int(), columns.int()
     with warnings.catch_warnings():  # that CSR tensors are in beta
         warnings.simplefilter("ignore", UserWarning)
-        return torch.sparse_csr_tensor(starts, columns[order], values[order], (size, size), check_invariants=False)
+        return torch.sparse_csr_tensor(starts, columns, values[order], (size, size), check_invariants=False)
 
 
 def transition(

@@ -27,7 +27,13 @@ from lightning_methods.geometric_scattering.moments import (
     scattering_moments,
     warn_of_moments,
 )
-from lightning_methods.geometric_scattering.structure import SIGNALS, Disconnected, clustering_coefficient, eccentricity
+from lightning_methods.geometric_scattering.structure import (
+    SIGNALS,
+    Disconnected,
+    clustering_coefficient,
+    eccentricity,
+    structural_signals,
+)
 
 # entries of all coefficients that are held at a time
 _ELEMENTS = 2**23
@@ -186,17 +192,43 @@ class GeometricScattering(GraphTransform):
             >>> [graph.scattering.shape for graph in GeometricScattering().transform_dataset([edge, edge])]
             [torch.Size([1, 64]), torch.Size([1, 64])]
         """
-        if batch_nodes < 1:
-            raise InvalidArgument(f"batch_nodes={batch_nodes}: at least 1 is needed.")
-        batches = require("torch_geometric.data", extra="graph", why="transform_dataset").Batch
         done: list[Any] = []
-        for graphs in _grouped(dataset, batch_nodes):
-            features = self.features(batches.from_data_list(graphs))
+        for graphs, features in self._groups(dataset, batch_nodes):
             for graph, row in zip(graphs, features, strict=True):
                 copied = copy.copy(graph)  # shares the tensors of the graph, as all transforms of PyG do
                 setattr(copied, self.attr, row[None].clone())
                 done.append(copied)
         return done
+
+    def dataset_features(self, dataset: Iterable[Any], batch_nodes: int = 40_000) -> Tensor:
+        """Return the features `(graphs, F')` of a whole data set, many graphs at a time.
+
+        Args:
+            dataset: the graphs.
+            batch_nodes: how many nodes to treat together.
+
+        Raises:
+            InvalidArgument: as the transform, for `batch_nodes` below 1, and without any graph.
+            BatchFormat: as the transform.
+
+        Example:
+            >>> import torch
+            >>> from torch_geometric.data import Data
+            >>> edge = Data(edge_index=torch.tensor([[0, 1], [1, 0]]), x=torch.ones(2, 1))
+            >>> GeometricScattering().dataset_features([edge, edge, edge]).shape
+            torch.Size([3, 64])
+        """
+        parts = [features for _, features in self._groups(dataset, batch_nodes)]
+        if not parts:
+            raise InvalidArgument("The data set has no graph; at least one is needed.")
+        return torch.cat(parts)
+
+    def _groups(self, dataset: Iterable[Any], batch_nodes: int) -> Iterator[tuple[list[Any], Tensor]]:
+        if batch_nodes < 1:
+            raise InvalidArgument(f"batch_nodes={batch_nodes}: at least 1 is needed.")
+        batches = require("torch_geometric.data", extra="graph", why=type(self).__name__).Batch
+        for graphs in _grouped(dataset, batch_nodes):
+            yield graphs, self.features(batches.from_data_list(graphs))
 
     def feature_names(self, in_channels: int = 1) -> list[str]:
         """Return the names of the features.
@@ -213,13 +245,9 @@ class GeometricScattering(GraphTransform):
 
     def _signals(self, data: Any, edge_index: Tensor, nodes: int, batch: Tensor) -> Tensor:
         dtype = self.walk["dtype"]
-        columns = []
-        for name in self.signals:
-            if name == "x":
-                columns.append(signal_of(data).to(dtype))
-            else:
-                columns.append(SIGNALS[name](edge_index, batch, nodes)[:, None].to(dtype))
-        signals = torch.cat(columns, 1)
+        found = structural_signals([name for name in self.signals if name != "x"], edge_index, batch, nodes)
+        columns = [signal_of(data) if name == "x" else found[name][:, None] for name in self.signals]
+        signals = torch.cat([column.to(dtype) for column in columns], 1)
         if not bool(signals.isfinite().all()):
             bad = (~signals.isfinite()).nonzero()[0].tolist()
             raise InvalidArgument(
@@ -361,9 +389,12 @@ def _nodes_of(data: Any) -> tuple[int, Tensor, int]:
 
 def _is_symmetric(edge_index: Tensor, weight: Tensor | None, nodes: int) -> bool:
     there, back = edge_index[0] * nodes + edge_index[1], edge_index[1] * nodes + edge_index[0]
+    if weight is None:
+        in_order = bool((there[1:] >= there[:-1]).all())
+        return torch.equal(there if in_order else there.sort().values, back.sort().values)
     first, second = torch.argsort(there, stable=True), torch.argsort(back, stable=True)
     same = torch.equal(there[first], back[second])
-    return same and (weight is None or bool(torch.allclose(weight[first], weight[second])))
+    return same and bool(torch.allclose(weight[first], weight[second]))
 
 
 def _grouped(dataset: Iterable[Any], batch_nodes: int) -> Iterator[list[Any]]:

@@ -177,6 +177,12 @@ def test_signals_that_are_not_finite(bad):
         (lambda g: GeometricScattering()(Data(x=g.x)), BatchFormat, "no edge_index"),
         (lambda g: GeometricScattering()(Data(edge_index=g.edge_index, x=torch.rand(4, 1, 1))), BatchFormat, "nodes"),
         (lambda g: GeometricScattering().transform_dataset([g], batch_nodes=0), InvalidArgument, "batch_nodes=0"),
+        (lambda g: GeometricScattering().dataset_features([]), InvalidArgument, "no graph"),
+        (
+            lambda g: GeometricScattering()(Data(edge_index=g.edge_index, x=torch.rand(2, 1))),
+            InvalidArgument,
+            "2 nodes",
+        ),
     ],
 )
 def test_bad_input(call, error, says):
