@@ -51,6 +51,7 @@ bench: $(READY)
 	$(RUN) benchmarks/cka.py
 	$(RUN) benchmarks/augmented_dropout.py
 	$(RUN) benchmarks/importance_weighting.py
+	$(RUN) benchmarks/geometric_scattering.py
 
 # write the compatibility matrix of the README and the cards from the results of the contract tests
 matrix: $(READY)

@@ -70,8 +70,13 @@ def lazy_random_walk(
         remove_self_loops=remove_self_loops,
         dtype=dtype,
     )
+    return lazy_matrix(edge_index, weight, size, normalization=normalization, isolated=isolated)
+
+
+def lazy_matrix(edge_index: Tensor, weight: Tensor, size: int, *, normalization: str, isolated: str) -> Tensor:
+    """Return the lazy walk as a sparse matrix from what `transition` returned."""
     nodes = torch.arange(size, device=edge_index.device)
-    own = torch.full((size,), 0.5, dtype=dtype, device=edge_index.device)
+    own = torch.full((size,), 0.5, dtype=weight.dtype, device=edge_index.device)
     if isolated == "stay":
         own[stranded(edge_index, size, normalization)] = 1.0
     rows, columns = torch.cat([edge_index[1], nodes]), torch.cat([edge_index[0], nodes])

@@ -127,7 +127,7 @@ SIGNALS = ("eccentricity", "degree", "clustering")
 
 
 def structural_signals(
-    names: Sequence[str], edge_index: Tensor, batch: Tensor | None = None, num_nodes: int | None = None
+    names: Sequence[str], edge_index: Tensor, batch: Tensor, num_nodes: int, *, simple: bool = False
 ) -> dict[str, Tensor]:
     """Return several signals, `(num_nodes,)` each, of graphs that are read once.
 
@@ -136,10 +136,11 @@ def structural_signals(
         edge_index: the edges.
         batch: to which graph each node belongs.
         num_nodes: number of nodes.
+        simple: whether the edges are those that `transition` returned, without loops, each once.
     """
     if not names:
         return {}
-    graphs = _Graphs(edge_index, batch, num_nodes)
+    graphs = _Graphs(edge_index, batch, num_nodes, simple=simple)
     kinds = {
         "eccentricity": (_eccentricity_of_dense, _eccentricity_of_sparse),
         "clustering": (_triangles_of_dense, _triangles_of_sparse),
@@ -157,10 +158,15 @@ def structural_signals(
 class _Graphs:
     """The nodes sorted by graph, with what is needed to treat graphs of one size together."""
 
-    def __init__(self, edge_index: Tensor, batch: Tensor | None, num_nodes: int | None) -> None:
+    def __init__(
+        self, edge_index: Tensor, batch: Tensor | None, num_nodes: int | None, *, simple: bool = False
+    ) -> None:
         if num_nodes is None and batch is not None:
             num_nodes = len(batch)
-        edges, _, self.size = transition(edge_index, None, num_nodes)
+        if simple and num_nodes is not None:
+            edges, self.size = edge_index, num_nodes
+        else:
+            edges, _, self.size = transition(edge_index, None, num_nodes)
         batch, graphs = checked_batch(batch, None, self.size, edges.device)
         self.degree: Tensor = torch.bincount(edges[0], minlength=self.size).double()
         self.order = torch.arange(self.size, device=batch.device)

@@ -17,9 +17,10 @@ from lightning_methods.errors import BatchFormat, InvalidArgument, LightningMeth
 from lightning_methods.geometric_scattering.functional import (
     Isolated,
     Normalization,
-    lazy_random_walk,
+    lazy_matrix,
     scattering_coefficients,
     scattering_paths,
+    transition,
 )
 from lightning_methods.geometric_scattering.moments import (
     feature_names,
@@ -172,7 +173,12 @@ class GeometricScattering(GraphTransform):
             utils = require("torch_geometric.utils", extra="graph", why="to_undirected")
             edge_index, weight = utils.to_undirected(edge_index, weight, nodes, reduce="max")
         self._warn_of_direction(edge_index, weight, nodes)
-        return lazy_random_walk(edge_index, weight, nodes, **self.walk), self._signals(data, edge_index, nodes, batch)
+        walk = {key: value for key, value in self.walk.items() if key != "isolated"}
+        edges, shares, nodes = transition(edge_index, weight, nodes, **walk)
+        kinds = {key: self.walk[key] for key in ("normalization", "isolated")}
+        simple = weight is None and self.walk["remove_self_loops"]  # else loops, or edges of weight 0, are still there
+        signals = self._signals(data, edges if simple else edge_index, nodes, batch, simple=simple)
+        return lazy_matrix(edges, shares, nodes, **kinds), signals
 
     def transform_dataset(self, dataset: Iterable[Any], batch_nodes: int = 40_000) -> list[Any]:
         """Return copies of all graphs with their features, many graphs at a time.
@@ -243,9 +249,9 @@ class GeometricScattering(GraphTransform):
         names = [[f"x{i}" for i in range(in_channels)] if s == "x" else [s] for s in self.signals]
         return feature_names([name for part in names for name in part], **self.filters, **self.moments)
 
-    def _signals(self, data: Any, edge_index: Tensor, nodes: int, batch: Tensor) -> Tensor:
+    def _signals(self, data: Any, edge_index: Tensor, nodes: int, batch: Tensor, *, simple: bool) -> Tensor:
         dtype = self.walk["dtype"]
-        found = structural_signals([name for name in self.signals if name != "x"], edge_index, batch, nodes)
+        found = structural_signals([s for s in self.signals if s != "x"], edge_index, batch, nodes, simple=simple)
         columns = [signal_of(data) if name == "x" else found[name][:, None] for name in self.signals]
         signals = torch.cat([column.to(dtype) for column in columns], 1)
         if not bool(signals.isfinite().all()):
