@@ -18,6 +18,7 @@ import math
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,9 @@ def sums(u: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def standardised(u: NDArray[np.float64]) -> NDArray[np.float64]:
-    moments = [u.mean(1), u.var(1), stats.skew(u, axis=1, bias=False), stats.kurtosis(u, axis=1)]
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of coefficients that are the same everywhere
+        moments = [u.mean(1), u.var(1), stats.skew(u, axis=1, bias=False), stats.kurtosis(u, axis=1)]
     return np.stack(moments, -1)
 
 
