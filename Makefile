@@ -52,6 +52,7 @@ bench: $(READY)
 	$(RUN) benchmarks/augmented_dropout.py
 	$(RUN) benchmarks/importance_weighting.py
 	$(RUN) benchmarks/rog.py
+	$(RUN) benchmarks/geometric_scattering.py
 
 # write the compatibility matrix of the README and the cards from the results of the contract tests
 matrix: $(READY)

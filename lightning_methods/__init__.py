@@ -37,6 +37,7 @@ _EXPORTS = {
     "GeometricScattering": "geometric_scattering",
     "ScatteringClassifier": "geometric_scattering",
     "ScatteringEncoder": "geometric_scattering",
+    "ScatteringExplorer": "geometric_scattering",
     "ScatteringSVM": "geometric_scattering",
     "RobustGenerativeClassifier": "rog",
     "GenerativeClassifier": "rog",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from lightning_methods.geometric_scattering import GeometricScattering as GeometricScattering
     from lightning_methods.geometric_scattering import ScatteringClassifier as ScatteringClassifier
     from lightning_methods.geometric_scattering import ScatteringEncoder as ScatteringEncoder
+    from lightning_methods.geometric_scattering import ScatteringExplorer as ScatteringExplorer
     from lightning_methods.geometric_scattering import ScatteringSVM as ScatteringSVM
     from lightning_methods.importance_weighting import DistributedWeightedSampler as DistributedWeightedSampler
     from lightning_methods.importance_weighting import ImportanceWeighting as ImportanceWeighting

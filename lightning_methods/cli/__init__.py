@@ -46,6 +46,7 @@ COMMANDS = {
     "audit-labels": Command(
         "lightning_methods.cli.audit_labels:audit", "which training labels look wrong, by a network trained on them"
     ),
+    "reproduce": Command("lightning_methods.cli.reproduce:run", "a paper's tables beside ours, cell by cell: enzymes"),
     "list": Command("lightning_methods.cli.cards:list_techniques", "the techniques, their classes and papers"),
     "card": Command(
         "lightning_methods.cli.cards:show_card", "all about one technique: use, settings, evidence, limits"
@@ -74,7 +75,7 @@ example:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return its exit code: 0 done, 1 `doctor` found a fault, 2 the request was wrong.
+    """Run a subcommand and return its exit code: 0 done, 1 `doctor` or `reproduce` found a fault, 2 a wrong request.
 
     Args:
         argv: the arguments, default those of the process.

@@ -1,5 +1,6 @@
 """Geometric scattering: features of whole graphs from random walks at many scales."""
 
+from lightning_methods.geometric_scattering.callback import ScatteringExplorer
 from lightning_methods.geometric_scattering.encoder import ScatteringEncoder
 from lightning_methods.geometric_scattering.functional import (
     lazy_random_walk,
@@ -8,7 +9,7 @@ from lightning_methods.geometric_scattering.functional import (
     wavelets,
 )
 from lightning_methods.geometric_scattering.module import ScatteringClassifier
-from lightning_methods.geometric_scattering.moments import feature_names, scattering_moments
+from lightning_methods.geometric_scattering.moments import feature_names, moment_contributions, scattering_moments
 from lightning_methods.geometric_scattering.structure import clustering_coefficient, degree, eccentricity
 from lightning_methods.geometric_scattering.subspaces import (
     ClassSubspaces,
@@ -28,6 +29,7 @@ __all__ = [
     "GeometricScattering",
     "ScatteringClassifier",
     "ScatteringEncoder",
+    "ScatteringExplorer",
     "ScatteringSVM",
     "class_subspaces",
     "clustering_coefficient",
@@ -36,6 +38,7 @@ __all__ = [
     "feature_names",
     "filter_responses",
     "lazy_random_walk",
+    "moment_contributions",
     "pca_dimensions",
     "scattering_coefficients",
     "scattering_moments",

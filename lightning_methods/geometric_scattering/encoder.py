@@ -18,7 +18,12 @@ from lightning_methods.geometric_scattering.functional import (
     stranded,
     transition,
 )
-from lightning_methods.geometric_scattering.moments import feature_names, scattering_moments
+from lightning_methods.geometric_scattering.moments import (
+    feature_names,
+    moment_contributions,
+    scattering_moments,
+    warn_of_moments,
+)
 
 # a one-hot row of the softmax up to 3e-8 for each other step: as good as fixed in single precision
 _SHARPNESS = 17.5
@@ -98,6 +103,7 @@ class ScatteringEncoder(nn.Module):
         self.filters: dict[str, Any] = {"J": J, "order": order, "include_finest": include_finest}
         self.filters["include_lowpass"] = include_lowpass
         self.moments: dict[str, Any] = {"Q": Q, "normalized": normalized}
+        warn_of_moments(Q, normalized=normalized, owner=type(self).__name__)
         self.walk: dict[str, Any] = {"normalization": normalization, "remove_self_loops": remove_self_loops}
         self.paths = scattering_paths(**self.filters)
         self.learnable = bool(learnable)
@@ -121,6 +127,20 @@ class ScatteringEncoder(nn.Module):
         batch_size: int | None = None,
     ) -> Tensor:
         """Return the features `(B, F')` of a batch of graphs."""
+        x, edges, weight, stuck = self._prepared(x, edge_index, edge_weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.from_transition(x, edges, weight, stuck, batch, batch_size)
+
+    @torch.no_grad()
+    def contributions(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None) -> Tensor:
+        """Return what each node of one graph adds to its features, `(nodes, F')`, see `moment_contributions`."""
+        x, edges, weight, stuck = self._prepared(x, edge_index, edge_weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return moment_contributions(self._coefficients(x, edges, weight, stuck), **self.moments)
+
+    def _prepared(
+        self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         if x.ndim == 1:
             x = x[:, None]
         if x.ndim != 2 or x.shape[1] != self.in_channels:
@@ -128,12 +148,17 @@ class ScatteringEncoder(nn.Module):
                 f"The signals have the shape {tuple(x.shape)}; (n, {self.in_channels}) is needed, since in_channels="
                 f"{self.in_channels}."
             )
+        if not bool(x.isfinite().all()):
+            bad = (~x.isfinite()).nonzero()[0].tolist()
+            raise InvalidArgument(
+                f"The signals are not finite, first at node {bad[0]} in column {bad[1]}: no moment is defined. Replace "
+                f"missing values before."
+            )
         # half precision has no sparse products and loses the long scales
         x = x if x.dtype == torch.float64 else x.float()
         with torch.autocast(x.device.type, enabled=False):
             edges, weight, nodes = transition(edge_index, edge_weight, len(x), dtype=x.dtype, **self.walk)
-            stuck = self._stuck(edges, nodes, x.dtype)
-            return self.from_transition(x, edges, weight, stuck, batch, batch_size)
+        return x, edges, weight, self._stuck(edges, nodes, x.dtype)
 
     def from_transition(
         self,
@@ -154,9 +179,11 @@ class ScatteringEncoder(nn.Module):
             batch: to which graph each node belongs.
             batch_size: number of graphs; needed to compile.
         """
+        return scattering_moments(self._coefficients(x, edges, weight, stuck), batch, batch_size, **self.moments)
+
+    def _coefficients(self, x: Tensor, edges: Tensor, weight: Tensor, stuck: Tensor | None) -> Tensor:
         step = partial(self._step, edges=edges, weight=weight[:, None], stuck=stuck)
-        coefficients = scatter(x, self.paths, partial(self._bank, step=step))
-        return scattering_moments(coefficients, batch, batch_size, **self.moments)
+        return scatter(x, self.paths, partial(self._bank, step=step))
 
     def scales(self) -> Tensor:
         """Return how much each diffusion time 1, 2, ... is in each low-pass filter, `(J + 1, 2^J)`."""

@@ -17,7 +17,7 @@ from lightning_methods.errors import BatchFormat, InvalidArgument, ShapeMismatch
 from lightning_methods.geometric_scattering.encoder import ScatteringEncoder
 from lightning_methods.geometric_scattering.functional import Isolated
 from lightning_methods.geometric_scattering.standardize import Standardize
-from lightning_methods.geometric_scattering.transform import signal_of
+from lightning_methods.geometric_scattering.transform import edges_of, signal_of
 from lightning_methods.report import heatmap, log_figure
 
 
@@ -134,9 +134,7 @@ class ScatteringClassifier(OneFamily, LightningModule):
                     f"needed. Give the transform and the module the same J, Q, order and signals."
                 )
             return ready
-        x, edge_index = signal_of(batch), getattr(batch, "edge_index", None)
-        if edge_index is None:
-            raise BatchFormat("The batch has no edge_index. A batch of PyG graphs is needed.")
+        x, edge_index = signal_of(batch), edges_of(batch)
         if not self.encoder.learnable:
             x = x.double()  # the longest scales need it, and it costs little without a graph
         groups = getattr(batch, "batch", None)
@@ -146,17 +144,23 @@ class ScatteringClassifier(OneFamily, LightningModule):
     def forward(self, batch: Any) -> Tensor:
         """Return the logits (graphs, classes) of a batch of graphs."""
         features = self.features(batch)
-        if self.scaler is not None:
+        if self.scaler is not None and not self._trains_nothing():
             features = self.scaler(features)
         return self.head(features.to(next(self.head.parameters()).dtype))
 
     def on_fit_start(self) -> None:
         """Take the statistics of the features, unless a checkpoint or an earlier fit has brought them."""
-        if self.scaler is None or bool(self.scaler.fitted):
+        if self.scaler is None or bool(self.scaler.fitted) or self._trains_nothing():
             return
         self.trainer.fit_loop.setup_data()  # Lightning makes the training loader only after the sanity check
         splits = ("train",) if self.standardize == "train" else ("train", "val", "test")
         self.scaler.fit(self._all_features(splits))
+
+    def _trains_nothing(self) -> bool:
+        """Tell whether there are no statistics because a fit has no training batch (`limit_train_batches=0`)."""
+        if self.scaler is None or bool(self.scaler.fitted) or self._trainer is None:
+            return False
+        return self.trainer.state.fn == "fit" and self.trainer.limit_train_batches == 0
 
     def _all_features(self, splits: Sequence[str]) -> Iterator[Tensor]:
         for split in splits:
@@ -221,7 +225,8 @@ class ScatteringClassifier(OneFamily, LightningModule):
             metric.update(logits.detach().float(), targets)
             kept: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(targets), "prog_bar": True}
             self.log(f"{stage}/loss", loss.detach(), sync_dist=True, **kept)
-            self.log(f"{stage}/accuracy", metric, **kept)
+            # the name: Lightning finds a metric of a copied module by it alone
+            self.log(f"{stage}/accuracy", metric, metric_attribute=f"{stage}_accuracy", **kept)
         return loss
 
     def _log_scales(self) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
-from lightning_methods.errors import InvalidArgument, ShapeMismatch
+from lightning_methods.errors import InvalidArgument, LightningMethodsWarning, ShapeMismatch
 from lightning_methods.geometric_scattering.functional import Path, scattering_paths
 
 # coefficients up to so many rounding errors of their signal are 0: measured on complete graphs there are 18 at most
@@ -71,6 +73,55 @@ def scattering_moments(
             u = _without_noise(u, batch, size, torch.finfo(coefficients.dtype).eps)
         moments = _normalized_moments(u, batch, size, Q) if normalized else _sums_of_powers(u, batch, size, Q)
     return moments.permute(0, 2, 1, 3).flatten(1)
+
+
+def moment_contributions(
+    coefficients: Tensor, *, Q: int = 4, normalized: bool = True, noise_floor: bool = True
+) -> Tensor:
+    r"""Return what each node of one graph adds to each of its moments.
+
+    .. math:: S x(p, q) = \sum_l |U[p]x(v_l)|^q
+
+    is the sum of the terms that are returned; normalised moments likewise, but that those of the kurtosis, which is in
+    excess of 3, add up to 3 more.
+
+    Shapes:
+        `coefficients` `(n, paths, F)`; returns `(n, F * paths * Q)`, columns as of `scattering_moments`.
+
+    Args:
+        coefficients: what `scattering_coefficients` returned for one graph.
+        Q: number of moments.
+        normalized: whether they are normalised.
+        noise_floor: whether coefficients that are but rounding of their signal count as 0.
+
+    Raises:
+        InvalidArgument: for Q below 1.
+        ShapeMismatch: for coefficients of another form.
+
+    Example:
+        >>> import torch
+        >>> moment_contributions(torch.tensor([[[1.0]], [[-2.0]]]), Q=2, normalized=False)
+        tensor([[1., 1.],
+                [2., 4.]])
+    """
+    moments = scattering_moments(coefficients, Q=Q, normalized=normalized, noise_floor=noise_floor)
+    u = coefficients if coefficients.dtype == torch.float64 else coefficients.float()
+    n, paths, width = u.shape
+    if noise_floor and n:
+        batch = torch.zeros(n, dtype=torch.int64, device=u.device)
+        u = _without_noise(u, batch, 1, torch.finfo(coefficients.dtype).eps)
+    if not normalized:
+        terms = torch.stack([u.abs() ** q for q in range(1, Q + 1)], -1)
+    else:
+        centred = u - u.mean(0)
+        parts = [u / max(n, 1)]
+        variance = moments.reshape(width, paths, Q)[..., 1:2].sum(-1).T  # 0 of what varies by rounding only
+        for q in range(2, Q + 1):
+            scale = variance.where(variance > 0, 1.0) ** (q / 2) if q > 2 else 1.0
+            bias = (n * (n - 1)) ** 0.5 / (n - 2) if q == 3 and n > 2 else 1.0
+            parts.append((centred**q * bias / (max(n, 1) * scale)).where(variance > 0, 0.0))
+        terms = torch.stack(parts, -1)
+    return terms.transpose(1, 2).flatten(1)
 
 
 def checked_batch(batch: Tensor | None, batch_size: int | None, nodes: int, device: torch.device) -> tuple[Tensor, int]:
@@ -148,6 +199,17 @@ def _corrected(standardised: Tensor, counts: Tensor, q: int) -> Tensor:
         n = counts.clamp(min=3)
         return standardised * torch.where(counts > 2, (n * (n - 1)).sqrt() / (n - 2), 1.0)
     return standardised - 3 if q == 4 else standardised
+
+
+def warn_of_moments(Q: int, *, normalized: bool, owner: str) -> None:
+    """Tell that normalised moments above the fourth are not those of the paper."""
+    if normalized and Q > 4:
+        warnings.warn(
+            f"{owner}: Q={Q} normalised moments; those above the fourth are standardised central moments, which the "
+            f"paper does not have and few nodes determine. It has Q=4; sums of powers (normalized=False) go further.",
+            LightningMethodsWarning,
+            stacklevel=3,
+        )
 
 
 def moment_names(Q: int, *, normalized: bool) -> list[str]:

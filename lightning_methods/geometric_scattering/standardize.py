@@ -47,6 +47,8 @@ class Standardize(nn.Module):
         self.register_buffer("mean", torch.zeros(features, dtype=torch.float64))
         self.register_buffer("scale", torch.zeros(features, dtype=torch.float64))  # 0 of what does not vary
         self.register_buffer("fitted", torch.tensor(False))
+        # beside the buffers: averages of the weights, copied before the fit, are swapped in to validate
+        self._latest: tuple[Tensor, Tensor] | None = None
 
     def fit(self, batches: Iterable[Tensor]) -> Standardize:
         """Take the statistics of batches `(B, F)`, of all ranks together."""
@@ -75,15 +77,17 @@ class Standardize(nn.Module):
         self.mean.copy_(mean)
         self.scale.copy_(torch.where(varies, 1 / deviation.where(varies, 1.0), 0.0))
         self.fitted.fill_(True)
+        self._latest = (self.mean.clone(), self.scale.clone())
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Return standardised features, in the precision of the given ones."""
-        if not self.fitted:
+        if not self.fitted and self._latest is None:
             raise InvalidArgument(
                 "The statistics of the features are not known yet: fit the module, or load the checkpoint of a fit."
             )
-        return ((self._checked(x).double() - self.mean) * self.scale).to(x.dtype)
+        mean, scale = (self.mean, self.scale) if self.fitted or self._latest is None else self._latest
+        return ((self._checked(x).double() - mean.to(x.device)) * scale.to(x.device)).to(x.dtype)
 
     def _checked(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != len(self.mean):

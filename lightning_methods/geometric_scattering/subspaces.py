@@ -79,7 +79,8 @@ def pca_dimensions(features: Tensor, shares: Sequence[float] = (0.5, 0.8, 0.9, 0
         >>> pca_dimensions(torch.diag(torch.tensor([3.0, 3.0, 1.0, 0.0])))
         [1, 2, 2, 3]
     """
-    return [len(_components(features, share)) for share in shares]
+    _, held = _spectrum(features)
+    return [_count(held, share) for share in shares]
 
 
 def class_subspaces(features: Tensor, labels: Tensor, share: float = 0.9) -> ClassSubspaces:
@@ -138,17 +139,21 @@ def class_subspaces(features: Tensor, labels: Tensor, share: float = 0.9) -> Cla
     )
 
 
-def filter_responses(J: int = 5, points: int = 200) -> tuple[Tensor, Tensor]:
+def filter_responses(
+    J: int = 5, points: int = 200, *, scales: Tensor | None = None, alpha: float = 0.5
+) -> tuple[Tensor, Tensor]:
     r"""Return eigenvalues of the walk from 0 to 1 and what each wavelet makes of them.
 
     .. math:: \psi_j(\omega) = \omega^{2^{j-1}} - \omega^{2^j}
 
     Shapes:
-        returns `(points,)` and `(J, points)`.
+        `scales` `(J + 1, T)`; returns `(points,)` and `(J, points)`.
 
     Args:
-        J: number of scales.
+        J: number of scales, unless some are given.
         points: how many eigenvalues.
+        scales: how much of each diffusion time 1, 2, ... is in each low-pass filter (`ScatteringEncoder.scales`).
+        alpha: laziness of the walk of these scales; the eigenvalues are still those of the walk that is half lazy.
 
     Example:
         >>> omega, response = filter_responses(J=2, points=3)
@@ -157,17 +162,30 @@ def filter_responses(J: int = 5, points: int = 200) -> tuple[Tensor, Tensor]:
                 [0.0000, 0.1875, 0.0000]], dtype=torch.float64)
     """
     omega = torch.linspace(0, 1, points, dtype=torch.float64)
-    return omega, torch.stack([omega**2 ** (j - 1) - omega**2**j for j in range(1, J + 1)])
+    if scales is None:
+        lowpass = torch.stack([omega**2**j for j in range(J + 1)])
+    else:
+        lazy = alpha + (1 - alpha) * (2 * omega - 1)
+        times = torch.arange(1, scales.shape[1] + 1, dtype=torch.float64)
+        lowpass = scales.detach().cpu().double() @ lazy ** times[:, None]
+    return omega, lowpass[:-1] - lowpass[1:]
 
 
 def _components(features: Tensor, share: float) -> Tensor:
     """Return the fewest principal components that hold more than a share of the variance, as rows."""
-    if not 0 <= share < 1:
-        raise InvalidArgument(f"share={share}: a share of the variance from 0 to below 1 is needed.")
+    vh, held = _spectrum(features)
+    return vh[: _count(held, share)]
+
+
+def _spectrum(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the principal components as rows, and which share of the variance the first ones hold together."""
     x = features.double()
     _, s, vh = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     total = s.square().sum()
-    if not total:
-        return vh[:0]
-    held = (s.square() / total).cumsum(0)
-    return vh[: int((held <= share).sum()) + 1]
+    return vh, (s.square() / total).cumsum(0) if total else s[:0]
+
+
+def _count(held: Tensor, share: float) -> int:
+    if not 0 <= share < 1:
+        raise InvalidArgument(f"share={share}: a share of the variance from 0 to below 1 is needed.")
+    return int((held <= share).sum()) + 1 if len(held) else 0

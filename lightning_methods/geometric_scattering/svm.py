@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -50,7 +53,7 @@ class ScatteringSVM:
 
     The training graphs are split into so many parts as there are models; each model is tuned on one part and trained on
     the others, and the models vote. Distances are computed once and kernels from them, five to ten times as fast as
-    fitting each machine on features.
+    fitting each machine on features; and in the paper's protocol each machine serves two test folds.
 
     Shapes:
         features `(n, F)`, labels `(n,)`.
@@ -60,7 +63,7 @@ class ScatteringSVM:
         gammas: widths of the kernel `exp(-gamma * distance^2)` that are tried, the paper's by default.
         costs: costs that are tried, the paper's by default.
         scaler: whether features are standardised by the `"train"` part, or in `cross_validate` over all graphs,
-            `"transductive"`, as in the paper.
+            `"transductive"`, as in the paper, or taken as they are, `"none"`.
         seed: of the splits.
         jobs: how many processes.
 
@@ -82,7 +85,7 @@ class ScatteringSVM:
         models: int = 9,
         gammas: Sequence[float] = GAMMAS,
         costs: Sequence[float] = COSTS,
-        scaler: Literal["train", "transductive"] = "train",
+        scaler: Literal["train", "transductive", "none"] = "train",
         seed: int = 0,
         jobs: int = 1,
     ) -> None:
@@ -91,7 +94,7 @@ class ScatteringSVM:
         for name, values in (("gammas", gammas), ("costs", costs)):
             if not values or any(not value > 0 for value in values):
                 raise InvalidArgument(f"{name}={list(values)}: at least one positive number is needed.")
-        check_choice("scaler", scaler, ("train", "transductive"))
+        check_choice("scaler", scaler, ("train", "transductive", "none"))
         self.models, self.gammas, self.costs = models, tuple(gammas), tuple(costs)
         self.scaler, self.seed, self.jobs = scaler, seed, jobs
         self._machines: list[_Machine] = []
@@ -100,10 +103,15 @@ class ScatteringSVM:
         """Tune and train the machines."""
         x, y = _checked(features, labels)
         order = np.random.default_rng(self.seed).permutation(len(y))
-        self._mean, self._scale = _statistics(x)
-        x = (x - self._mean) * self._scale
-        self._rows = x
-        self._machines = self._tuned(_squared_distances(x, x), y, np.array_split(order, self.models))
+        self._mean, self._scale = self._statistics(x)
+        self._rows = (x - self._mean) * self._scale
+        distances, parts = _squared_distances(self._rows, self._rows), np.array_split(order, self.models)
+        self._machines = []
+        for i, val in enumerate(parts):
+            train = _joined(parts, i)
+            cost, gamma = self._best(self._predictions(distances, y, train, val), y[val])
+            machine = self._svc(self.costs[cost]).fit(_kernel(self.gammas[gamma], distances, train, train), y[train])
+            self._machines.append(_Machine(machine, train, self.gammas[gamma]))
         return self
 
     def predict(self, features: Tensor) -> Tensor:
@@ -124,6 +132,7 @@ class ScatteringSVM:
         folds: int = 10,
         protocol: Literal["gao2019", "stratified"] = "stratified",
         progress: bool = False,
+        folder: str | Path | None = None,
     ) -> CrossValidation:
         """Return the accuracies of a nested cross-validation.
 
@@ -134,6 +143,8 @@ class ScatteringSVM:
             protocol: `"gao2019"` splits at random, as the paper does, and has one fold less machines than folds;
                 `"stratified"` keeps the shares of the classes.
             progress: whether to show a bar.
+            folder: where what has been computed is kept, so that an interrupted call goes on where it stopped; of the
+                same features, labels and settings only.
 
         Raises:
             InvalidArgument: for settings or labels that cannot be split.
@@ -144,74 +155,137 @@ class ScatteringSVM:
         if not 2 < folds <= len(y):
             raise InvalidArgument(f"folds={folds}: from 3 to the number of graphs, {len(y)}, are needed.")
         parts = _folds(y, folds, protocol, self.seed)
-        shared = None
-        if self.scaler == "transductive":
-            mean, scale = _statistics(x)
-            scaled = (x - mean) * scale
-            shared = _squared_distances(scaled, scaled)
+        distances = None
+        if self.scaler != "train":
+            mean, scale = self._statistics(x)
+            distances = _squared_distances((x - mean) * scale, (x - mean) * scale)
+        # what is tested on fold a and tuned on b is trained as what is tested on b and tuned on a
+        paired = distances is not None and folds - 1 == self.models
+        cells: list[tuple[int, ...]] = list(itertools.combinations(range(folds), 2 if paired else 1))
+        kept = None if folder is None else Path(folder, self._fingerprint(x, y, parts))
         parallel = require("joblib", extra="graph", why="ScatteringSVM")
-        jobs = (parallel.delayed(self._outer)(x, y, parts, k, shared) for k in range(folds))
-        found = []
-        with _bar(folds, shown=progress) as advance:
-            for result in parallel.Parallel(n_jobs=self.jobs, return_as="generator")(jobs):
-                found.append(result)
+        jobs = (parallel.delayed(_kept)(kept, cell, self._cell, x, y, parts, distances) for cell in cells)
+        votes: dict[tuple[int, int], _Vote] = {}
+        with _bar(len(cells), shown=progress) as advance:
+            for found in parallel.Parallel(n_jobs=self.jobs, return_as="generator")(jobs):
+                votes.update({(vote.outer, vote.model): vote for vote in found})
                 advance()
-        accuracies, single, chosen = zip(*found, strict=True)
-        return CrossValidation(np.array(accuracies), np.array(single), np.array(chosen))
+        tested = [[votes[k, i] for i in range(self.models)] for k in range(folds)]
+        hits = [np.stack([vote.predicted for vote in tested[k]]) == y[parts[k]] for k in range(folds)]
+        voted = [_vote([vote.predicted for vote in tested[k]]) == y[parts[k]] for k in range(folds)]
+        return CrossValidation(
+            np.array([v.mean() for v in voted]),
+            np.array([h.mean() for h in hits]),
+            np.array([[vote.chosen for vote in votes_of] for votes_of in tested]),
+        )
 
-    def _outer(
-        self, x: Array, y: Indices, parts: list[Indices], k: int, shared: Array | None
-    ) -> tuple[float, float, list[tuple[float, float]]]:
-        """Return the accuracy on one test fold."""
-        test = parts[k]
-        inner = [part for i, part in enumerate(parts) if i != k]
-        if shared is None:
-            mean, scale = _statistics(x[np.concatenate(inner)])
-            scaled = (x - mean) * scale
-            shared = _squared_distances(scaled, scaled)
+    def _cell(
+        self, x: Array, y: Indices, parts: list[Indices], distances: Array | None, cell: tuple[int, ...]
+    ) -> list[_Vote]:
+        """Return the votes of the machines of one test fold, or of the two that a pair of folds gives."""
+        if len(cell) == 2:
+            assert distances is not None
+            a, b = cell
+            train = np.concatenate([part for k, part in enumerate(parts) if k not in cell])
+            both = self._predictions(distances, y, train, np.concatenate([parts[a], parts[b]]))
+            on_a, on_b = both[..., : len(parts[a])], both[..., len(parts[a]) :]
+            return [
+                self._voted(b, a, on_a, y[parts[a]], on_b),
+                self._voted(a, b - 1, on_b, y[parts[b]], on_a),
+            ]
+        (k,) = cell
+        test, inner = parts[k], [part for i, part in enumerate(parts) if i != k]
+        if distances is None:
+            mean, scale = self._statistics(x[np.concatenate(inner)])
+            distances = _squared_distances((x - mean) * scale, (x - mean) * scale)
         if len(inner) != self.models:
             inner = np.array_split(np.concatenate(inner), self.models)
-        machines = self._tuned(shared, y, inner)
-        votes = [machine.predict(shared[test]) for machine in machines]
-        single = float(np.mean([(vote == y[test]).mean() for vote in votes]))
-        return float((_vote(votes) == y[test]).mean()), single, [machine.chosen for machine in machines]
+        votes = []
+        for i, val in enumerate(inner):
+            both = self._predictions(distances, y, _joined(inner, i), np.concatenate([val, test]))
+            votes.append(self._voted(k, i, both[..., : len(val)], y[val], both[..., len(val) :]))
+        return votes
 
-    def _tuned(self, distances: Array, y: Indices, parts: list[Indices]) -> list[_Machine]:
-        """Return one machine for each part, tuned on it and trained on the others."""
-        svc = require("sklearn.svm", extra="graph", why="ScatteringSVM").SVC
-        machines = []
-        for i, val in enumerate(parts):
-            train = np.concatenate([part for j, part in enumerate(parts) if j != i])
-            if len(np.unique(y[train])) < 2:
-                raise InvalidArgument(
-                    f"A training part has graphs of class {y[train][0]} only. Use fewer models or folds, or the "
-                    f"stratified protocol."
-                )
-            scores = np.zeros((len(self.costs), len(self.gammas)))
-            fitted: dict[tuple[int, int], Any] = {}
-            for g, gamma in enumerate(self.gammas):
-                kernel, val_kernel = (np.exp(-gamma * distances[np.ix_(rows, train)]) for rows in (train, val))
-                for c, cost in enumerate(self.costs):
-                    machine = svc(C=cost, kernel="precomputed").fit(kernel, y[train])
-                    scores[c, g] = (machine.predict(val_kernel) == y[val]).mean()
-                    fitted[c, g] = machine
-            best = divmod(int(scores.argmax()), len(self.gammas))  # the first of the best, by cost, then by gamma
-            machines.append(_Machine(fitted[best], train, self.costs[best[0]], self.gammas[best[1]]))
-        return machines
+    def _voted(self, outer: int, model: int, on_val: Indices, labels: Indices, on_test: Indices) -> _Vote:
+        best = self._best(on_val, labels)
+        return _Vote(outer, model, on_test[best], (self.costs[best[0]], self.gammas[best[1]]))
+
+    def _predictions(self, distances: Array, y: Indices, train: Indices, rows: Indices) -> Indices:
+        """Return what a machine of each cost and gamma, trained on some graphs, says of others, `(C, G, rows)`."""
+        if len(np.unique(y[train])) < 2:
+            raise InvalidArgument(
+                f"A training part has graphs of class {y[train][0]} only. Use fewer models or folds, or the "
+                f"stratified protocol."
+            )
+        found = np.zeros((len(self.costs), len(self.gammas), len(rows)), dtype=np.int64)
+        for g, gamma in enumerate(self.gammas):
+            kernel, onto = (_kernel(gamma, distances, some, train) for some in (train, rows))
+            for c, cost in enumerate(self.costs):
+                found[c, g] = self._svc(cost).fit(kernel, y[train]).predict(onto)
+        return found
+
+    def _statistics(self, x: Array) -> tuple[Array, Array]:
+        """Return the mean of each feature and one over its deviation, 0 of what does not vary."""
+        if self.scaler == "none":
+            return np.zeros(x.shape[1]), np.ones(x.shape[1])
+        mean, deviation = x.mean(0), x.std(0)
+        varies = deviation > 1e-12 * np.abs(x).max(0)
+        return mean, np.divide(1.0, deviation, out=np.zeros_like(deviation), where=varies)
+
+    def _best(self, predicted: Indices, labels: Indices) -> tuple[int, int]:
+        """Return cost and gamma of the best predictions, of equals the first by cost, then by gamma."""
+        right = (predicted == labels).sum(2)
+        cost, gamma = divmod(int(right.argmax()), right.shape[1])
+        return cost, gamma
+
+    @staticmethod
+    def _svc(cost: float) -> Any:
+        svm = require("sklearn.svm", extra="graph", why="ScatteringSVM")
+        return svm.SVC(C=cost, kernel="precomputed", cache_size=1000)
+
+    def _fingerprint(self, x: Array, y: Indices, parts: list[Indices]) -> str:
+        """Return a name for these data, splits and settings."""
+        settings = repr((self.models, self.gammas, self.costs, self.scaler, x.shape))
+        digest = hashlib.sha256(settings.encode())
+        for array in (x, y, *parts):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
 
 
 class _Machine(NamedTuple):
     svc: Any
     train: Indices
-    cost: float
     gamma: float
-
-    @property
-    def chosen(self) -> tuple[float, float]:
-        return self.cost, self.gamma
 
     def predict(self, distances: Array) -> Indices:
         return self.svc.predict(np.exp(-self.gamma * distances[:, self.train]))
+
+
+class _Vote(NamedTuple):
+    """What machine number `model` of a test fold says of it, with the cost and gamma that it was tuned to."""
+
+    outer: int
+    model: int
+    predicted: Indices
+    chosen: tuple[float, float]
+
+
+def _kept(folder: Path | None, cell: tuple[int, ...], compute: Callable[..., list[_Vote]], *given: Any) -> list[_Vote]:
+    """Return what was computed of a cell before, or compute and keep it."""
+    if folder is None:
+        return compute(*given, cell)
+    path = folder / f"{'_'.join(map(str, cell))}.npz"
+    if not path.is_file():
+        found = compute(*given, cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {name: np.array([getattr(vote, name) for vote in found]) for name in ("outer", "model", "chosen")}
+        arrays |= {f"predicted_{i}": vote.predicted for i, vote in enumerate(found)}
+        unfinished = path.with_suffix(".part.npz")
+        np.savez(unfinished, **arrays)  # type: ignore[arg-type]
+        unfinished.replace(path)  # at once: no file is half written
+    with np.load(path) as file:
+        rows = zip(file["outer"].tolist(), file["model"].tolist(), file["chosen"].tolist(), strict=True)
+        return [_Vote(k, i, file[f"predicted_{n}"], tuple(chosen)) for n, (k, i, chosen) in enumerate(rows)]
 
 
 # -- splits, distances, votes ------------------------------------------------------------------------------------------
@@ -231,11 +305,14 @@ def _checked(features: Tensor, labels: Tensor) -> tuple[Array, Indices]:
     return x, y.astype(np.int64)
 
 
-def _statistics(x: Array) -> tuple[Array, Array]:
-    """Return the mean of each feature and one over its deviation, 0 of what does not vary."""
-    mean, deviation = x.mean(0), x.std(0)
-    varies = deviation > 1e-12 * np.abs(x).max(0)
-    return mean, np.divide(1.0, deviation, out=np.zeros_like(deviation), where=varies)
+def _joined(parts: list[Indices], without: int) -> Indices:
+    return np.concatenate([part for i, part in enumerate(parts) if i != without])
+
+
+def _kernel(gamma: float, distances: Array, rows: Indices, columns: Indices) -> Array:
+    kernel = distances[np.ix_(rows, columns)]
+    kernel *= -gamma
+    return np.exp(kernel, out=kernel)
 
 
 def _squared_distances(a: Array, b: Array) -> Array:

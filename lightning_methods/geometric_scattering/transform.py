@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_methods.core._lightning import rank_zero_warn
+from lightning_methods.core.batches import describe_batch
 from lightning_methods.errors import BatchFormat, InvalidArgument, LightningMethodsWarning, check_choice, require
 from lightning_methods.geometric_scattering.functional import (
     Isolated,
     Normalization,
-    lazy_random_walk,
+    lazy_matrix,
     scattering_coefficients,
     scattering_paths,
+    transition,
 )
-from lightning_methods.geometric_scattering.moments import feature_names, scattering_moments
-from lightning_methods.geometric_scattering.structure import SIGNALS
+from lightning_methods.geometric_scattering.moments import (
+    feature_names,
+    moment_contributions,
+    scattering_moments,
+    warn_of_moments,
+)
+from lightning_methods.geometric_scattering.structure import (
+    SIGNALS,
+    Disconnected,
+    clustering_coefficient,
+    eccentricity,
+    structural_signals,
+)
 
 # entries of all coefficients that are held at a time
 _ELEMENTS = 2**23
@@ -61,6 +75,7 @@ class GeometricScattering(GraphTransform):
         isolated: whether a node without edges loses mass as in the paper, or keeps it.
         remove_self_loops: whether edges from a node to itself are left out.
         use_edge_weight: whether `data.edge_weight` weights the edges, where there is one.
+        to_undirected: whether edges in one direction go both ways; by default they carry mass from source to target.
         include_finest: whether there is the filter :math:`I - P`.
         include_lowpass: whether there is the filter :math:`P^{2^J}`.
         dtype: of the computation and the features; single precision loses the longest scales.
@@ -90,6 +105,7 @@ class GeometricScattering(GraphTransform):
         isolated: Isolated = "leak",
         remove_self_loops: bool = True,
         use_edge_weight: bool = True,
+        to_undirected: bool = False,
         include_finest: bool = False,
         include_lowpass: bool = False,
         dtype: torch.dtype = torch.float64,
@@ -113,13 +129,14 @@ class GeometricScattering(GraphTransform):
         self.paths = scattering_paths(**self.filters)
         self.moments: dict[str, Any] = {"Q": Q, "normalized": normalized}
         scattering_moments(torch.zeros(1, 1, 1), **self.moments)  # checks Q
+        warn_of_moments(Q, normalized=normalized, owner=type(self).__name__)
         self.walk: dict[str, Any] = {
             "normalization": normalization,
             "isolated": isolated,
             "remove_self_loops": remove_self_loops,
             "dtype": dtype,
         }
-        self.use_edge_weight = use_edge_weight
+        self.use_edge_weight, self.to_undirected = use_edge_weight, to_undirected
         self.attr = attr
         self._warned = False
 
@@ -132,17 +149,36 @@ class GeometricScattering(GraphTransform):
     def features(self, data: Any) -> Tensor:
         """Return the features `(B, F')` of a graph or of a batch of graphs."""
         nodes, batch, graphs = _nodes_of(data)
-        edge_index = _edges_of(data)
-        weight = data.edge_weight if self.use_edge_weight and "edge_weight" in data else None
-        self._warn_of_direction(edge_index, weight, nodes)
-        signals = self._signals(data, nodes, batch)
-        P = lazy_random_walk(edge_index, weight, nodes, **self.walk)
+        P, signals = self._walk_and_signals(data, nodes, batch)
         width = max(1, _ELEMENTS // max(1, nodes * len(self.paths)))
         parts = [
             scattering_moments(scattering_coefficients(P, some, **self.filters), batch, graphs, **self.moments)
             for some in signals.split(width, 1)
         ]
         return torch.cat(parts, 1).to(self.walk["dtype"])
+
+    @torch.no_grad()
+    def contributions(self, data: Any) -> Tensor:
+        """Return what each node of one graph adds to its features, `(nodes, F')`, see `moment_contributions`."""
+        nodes, batch, graphs = _nodes_of(data)
+        if graphs != 1:
+            raise BatchFormat(f"There are {graphs} graphs; one is needed. Take them one by one from to_data_list().")
+        P, signals = self._walk_and_signals(data, nodes, batch)
+        return moment_contributions(scattering_coefficients(P, signals, **self.filters), **self.moments)
+
+    def _walk_and_signals(self, data: Any, nodes: int, batch: Tensor) -> tuple[Tensor, Tensor]:
+        edge_index = edges_of(data)
+        weight = data.edge_weight if self.use_edge_weight and "edge_weight" in data else None
+        if self.to_undirected:
+            utils = require("torch_geometric.utils", extra="graph", why="to_undirected")
+            edge_index, weight = utils.to_undirected(edge_index, weight, nodes, reduce="max")
+        self._warn_of_direction(edge_index, weight, nodes)
+        walk = {key: value for key, value in self.walk.items() if key != "isolated"}
+        edges, shares, nodes = transition(edge_index, weight, nodes, **walk)
+        kinds = {key: self.walk[key] for key in ("normalization", "isolated")}
+        simple = weight is None and self.walk["remove_self_loops"]  # else loops, or edges of weight 0, are still there
+        signals = self._signals(data, edges if simple else edge_index, nodes, batch, simple=simple)
+        return lazy_matrix(edges, shares, nodes, **kinds), signals
 
     def transform_dataset(self, dataset: Iterable[Any], batch_nodes: int = 40_000) -> list[Any]:
         """Return copies of all graphs with their features, many graphs at a time.
@@ -162,17 +198,43 @@ class GeometricScattering(GraphTransform):
             >>> [graph.scattering.shape for graph in GeometricScattering().transform_dataset([edge, edge])]
             [torch.Size([1, 64]), torch.Size([1, 64])]
         """
-        if batch_nodes < 1:
-            raise InvalidArgument(f"batch_nodes={batch_nodes}: at least 1 is needed.")
-        batches = require("torch_geometric.data", extra="graph", why="transform_dataset").Batch
         done: list[Any] = []
-        for graphs in _grouped(dataset, batch_nodes):
-            features = self.features(batches.from_data_list(graphs))
+        for graphs, features in self._groups(dataset, batch_nodes):
             for graph, row in zip(graphs, features, strict=True):
-                copied = graph.clone()
+                copied = copy.copy(graph)  # shares the tensors of the graph, as all transforms of PyG do
                 setattr(copied, self.attr, row[None].clone())
                 done.append(copied)
         return done
+
+    def dataset_features(self, dataset: Iterable[Any], batch_nodes: int = 40_000) -> Tensor:
+        """Return the features `(graphs, F')` of a whole data set, many graphs at a time.
+
+        Args:
+            dataset: the graphs.
+            batch_nodes: how many nodes to treat together.
+
+        Raises:
+            InvalidArgument: as the transform, for `batch_nodes` below 1, and without any graph.
+            BatchFormat: as the transform.
+
+        Example:
+            >>> import torch
+            >>> from torch_geometric.data import Data
+            >>> edge = Data(edge_index=torch.tensor([[0, 1], [1, 0]]), x=torch.ones(2, 1))
+            >>> GeometricScattering().dataset_features([edge, edge, edge]).shape
+            torch.Size([3, 64])
+        """
+        parts = [features for _, features in self._groups(dataset, batch_nodes)]
+        if not parts:
+            raise InvalidArgument("The data set has no graph; at least one is needed.")
+        return torch.cat(parts)
+
+    def _groups(self, dataset: Iterable[Any], batch_nodes: int) -> Iterator[tuple[list[Any], Tensor]]:
+        if batch_nodes < 1:
+            raise InvalidArgument(f"batch_nodes={batch_nodes}: at least 1 is needed.")
+        batches = require("torch_geometric.data", extra="graph", why=type(self).__name__).Batch
+        for graphs in _grouped(dataset, batch_nodes):
+            yield graphs, self.features(batches.from_data_list(graphs))
 
     def feature_names(self, in_channels: int = 1) -> list[str]:
         """Return the names of the features.
@@ -187,15 +249,11 @@ class GeometricScattering(GraphTransform):
         names = [[f"x{i}" for i in range(in_channels)] if s == "x" else [s] for s in self.signals]
         return feature_names([name for part in names for name in part], **self.filters, **self.moments)
 
-    def _signals(self, data: Any, nodes: int, batch: Tensor) -> Tensor:
+    def _signals(self, data: Any, edge_index: Tensor, nodes: int, batch: Tensor, *, simple: bool) -> Tensor:
         dtype = self.walk["dtype"]
-        columns = []
-        for name in self.signals:
-            if name == "x":
-                columns.append(signal_of(data).to(dtype))
-            else:
-                columns.append(SIGNALS[name](_edges_of(data), batch, nodes)[:, None].to(dtype))
-        signals = torch.cat(columns, 1)
+        found = structural_signals([s for s in self.signals if s != "x"], edge_index, batch, nodes, simple=simple)
+        columns = [signal_of(data) if name == "x" else found[name][:, None] for name in self.signals]
+        signals = torch.cat([column.to(dtype) for column in columns], 1)
         if not bool(signals.isfinite().all()):
             bad = (~signals.isfinite()).nonzero()[0].tolist()
             raise InvalidArgument(
@@ -210,7 +268,7 @@ class GeometricScattering(GraphTransform):
         self._warned = True
         rank_zero_warn(
             "GeometricScattering: the edges are directed, and the paper's walk is that of undirected ones. Mass flows "
-            "from source to target; apply torch_geometric.transforms.ToUndirected() first if that is not meant.",
+            "from source to target; set to_undirected=True if that is not meant.",
             category=LightningMethodsWarning,
         )
 
@@ -222,7 +280,7 @@ class GeometricScattering(GraphTransform):
 class _Structural(GraphTransform):
     """A transform that adds a structural signal to the node features."""
 
-    name: str
+    signal: Callable[[Tensor, Tensor | None, int | None], Tensor]
 
     def __init__(self, *, cat: bool = True) -> None:
         self.cat = cat
@@ -230,7 +288,7 @@ class _Structural(GraphTransform):
     def forward(self, data: Any) -> Any:
         """Return the graph, or batch of graphs, with the signal in `data.x`."""
         nodes, batch, _ = _nodes_of(data)
-        signal = SIGNALS[self.name](_edges_of(data), batch, nodes)[:, None]
+        signal = self.signal(edges_of(data), batch, nodes)[:, None]
         x = data.x if self.cat and data.x is not None else None
         if x is None:
             data.x = signal.to(torch.get_default_dtype())
@@ -244,10 +302,15 @@ class _Structural(GraphTransform):
 class Eccentricity(_Structural):
     """Add the number of edges to the farthest node that can be reached to the node features.
 
-    Parts of a graph that is not connected count by themselves. Batches of many graphs are treated at once.
+    Batches of many graphs are treated at once.
 
     Args:
         cat: whether to append to `data.x`, or to replace it.
+        disconnected: what a graph of several parts gets: each `"component"` by itself, `"zero"` at all nodes, or an
+            `"error"`.
+
+    Raises:
+        InvalidArgument: where asked for, of a graph that is not connected.
 
     Example:
         >>> import torch
@@ -257,7 +320,10 @@ class Eccentricity(_Structural):
         tensor([2., 1., 2.])
     """
 
-    name = "eccentricity"
+    def __init__(self, *, cat: bool = True, disconnected: Disconnected = "component") -> None:
+        super().__init__(cat=cat)
+        check_choice("disconnected", disconnected, ("component", "zero", "error"))
+        self.signal = partial(eccentricity, disconnected=disconnected)
 
 
 class ClusteringCoefficient(_Structural):
@@ -276,7 +342,7 @@ class ClusteringCoefficient(_Structural):
         tensor([1., 1., 1.])
     """
 
-    name = "clustering"
+    signal = staticmethod(clustering_coefficient)
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------
@@ -291,7 +357,7 @@ def signal_of(data: Any) -> Tensor:
     x = getattr(data, "x", None)
     if x is None:
         raise BatchFormat(
-            f"The graph has no node features x (it holds {', '.join(map(str, data.keys())) or 'nothing'}). Use "
+            f"There are no node features x in what was given, {describe_batch(data)}. Use "
             f"signals=('eccentricity', 'clustering'), or add such signals with the transforms of these names."
         )
     if x.ndim == 1:
@@ -301,31 +367,40 @@ def signal_of(data: Any) -> Tensor:
     return x
 
 
-def _edges_of(data: Any) -> Tensor:
+def edges_of(data: Any) -> Tensor:
+    """Return `data.edge_index`.
+
+    Raises:
+        BatchFormat: if there is none.
+    """
     edge_index = getattr(data, "edge_index", None)
     if edge_index is None:
         raise BatchFormat(
-            f"The graph has no edge_index (it holds {', '.join(map(str, data.keys())) or 'nothing'}). Of a graph with "
-            f"adj_t make one with torch_geometric.utils.to_edge_index."
+            f"There is no edge_index in what was given, {describe_batch(data)}. A graph or batch of PyG is needed; of "
+            f"one with adj_t make edges with torch_geometric.utils.to_edge_index."
         )
     return edge_index
 
 
 def _nodes_of(data: Any) -> tuple[int, Tensor, int]:
     """Return the number of nodes, to which graph each belongs, and the number of graphs."""
+    edge_index = edges_of(data)
     nodes = int(data.num_nodes or 0)
     batch = getattr(data, "batch", None)
     if batch is None:
-        return nodes, torch.zeros(nodes, dtype=torch.int64, device=_edges_of(data).device), 1
+        return nodes, torch.zeros(nodes, dtype=torch.int64, device=edge_index.device), 1
     # not what batch holds: the last graph may be empty
     return nodes, batch, int(data.num_graphs)
 
 
 def _is_symmetric(edge_index: Tensor, weight: Tensor | None, nodes: int) -> bool:
     there, back = edge_index[0] * nodes + edge_index[1], edge_index[1] * nodes + edge_index[0]
+    if weight is None:
+        in_order = bool((there[1:] >= there[:-1]).all())
+        return torch.equal(there if in_order else there.sort().values, back.sort().values)
     first, second = torch.argsort(there, stable=True), torch.argsort(back, stable=True)
     same = torch.equal(there[first], back[second])
-    return same and (weight is None or bool(torch.allclose(weight[first], weight[second])))
+    return same and bool(torch.allclose(weight[first], weight[second]))
 
 
 def _grouped(dataset: Iterable[Any], batch_nodes: int) -> Iterator[list[Any]]:

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch.distributed as dist
 from matplotlib.figure import Figure
-from torch.utils.data import DataLoader
 
 from lightning_methods.errors import LightningMethodsError
 from tests.contract.recipes import RECIPES, Recipe
 from tests.contract.training import train
-from tests.support.training import BATCH, Settings, leave_undrawn, made_data
+from tests.support.training import BATCH, Samples, Settings, leave_undrawn, loader
 
 RANKS = 2
 # joined batches of 16, 16 and 16 rows, or the last one of 8 + 4
@@ -35,7 +34,7 @@ def foreign() -> dict[str, Any]:
 
 def single(recipe: Recipe, folder: Path, samples: int) -> Any:
     """Train the recipe in one process on the joined batches."""
-    data = DataLoader(made_data(samples), batch_size=RANKS * BATCH)
+    data = loader(samples, batch_size=RANKS * BATCH, kind=recipe.samples)
     return train(recipe, folder, settings=Settings(divisor=RANKS * BATCH), data=data)
 
 
@@ -55,7 +54,9 @@ def _outcome(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _train_with_ddp(recipe: Recipe, samples: int) -> dict[str, Any]:
     settings = {"strategy": "ddp", "devices": RANKS, "use_distributed_sampler": False}
     with tempfile.TemporaryDirectory() as folder:
-        run = train(recipe, Path(folder), settings=Settings(divisor=BATCH), data=_Shards(samples), **settings)
+        run = train(
+            recipe, Path(folder), settings=Settings(divisor=BATCH), data=_Shards(samples, recipe.samples), **settings
+        )
     states = [callback.state_dict() for callback in run.trainer.callbacks[: len(recipe.callbacks())]]
     return {"module": dict(run.module.state_dict()), "states": states, "shown": shown_by(run)}
 
@@ -63,17 +64,17 @@ def _train_with_ddp(recipe: Recipe, samples: int) -> dict[str, Any]:
 class _Shards:
     """The rows of this rank of every joined batch; lazily, since the rank is known when the fit has begun."""
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, kind: Samples) -> None:
         self.samples = samples
+        self.kind = kind
 
     def __len__(self) -> int:
         return -(-self.samples // (RANKS * BATCH))
 
     def __iter__(self) -> Any:
-        first = range(0, self.samples, RANKS * BATCH)
-        x, y = made_data(self.samples).tensors
-        for start in (i + dist.get_rank() * BATCH for i in first):
-            yield x[start : start + BATCH], y[start : start + BATCH]
+        rows = self.kind.dataset(self.samples)
+        for start in range(dist.get_rank() * BATCH, self.samples, RANKS * BATCH):
+            yield self.kind.collate([rows[i] for i in range(start, min(start + BATCH, self.samples))])
 
 
 def _train_twice(recipe: Recipe) -> dict[str, Any]:

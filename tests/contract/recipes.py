@@ -22,14 +22,16 @@ from lightning_methods.augmented_dropout import (
 from lightning_methods.augmented_dropout.schedules import progress_of
 from lightning_methods.cka import RepresentationSimilarity
 from lightning_methods.errors import UnsupportedTraining
+from lightning_methods.geometric_scattering import ScatteringExplorer
 from lightning_methods.importance_weighting import ImportanceWeighting, WeightEffectMonitor
 from lightning_methods.rog import RobustGenerativeClassifier
 from lightning_methods.snnl import DeepKNN, Entanglement, SoftNearestNeighborLoss
 from lightning_methods.snnl.functional import feature_rows, soft_nearest_neighbor_loss
 from lightning_methods.snnl.temperature import median_temperature, paper_temperature_step
-from tests.support.training import WIDTH, Settings, TinyModule
+from tests.contract.graphs import GRAPHS, ScatteringByHand, ScatteringModule, TinyGraphModule, Unscattered
+from tests.support.training import ROWS, WIDTH, Samples, Settings, TinyModule
 
-Module = Callable[[Settings], TinyModule]
+Module = Callable[[Settings], Any]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Recipe:
         refused: group of cases -> the error that must be raised there.
         scalars, figures, tables: keys that must reach the loggers.
         local: whether under DDP it shows numbers of each rank's own rows, not those of the joined batch.
+        plain: builds the module without the method, from which a training with it must differ.
+        samples: what the module is trained on.
+        inner: names of the parts of the module that are compiled.
+        beside: names of the recipes that can be put beside it; by default the next ones whose callbacks look for what
+            this module has.
     """
 
     name: str
@@ -63,6 +70,10 @@ class Recipe:
     figures: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
     local: bool = False
+    plain: Module = TinyModule
+    samples: Samples = ROWS
+    inner: tuple[str, ...] = ("first", "second")
+    beside: tuple[str, ...] = ()
 
 
 # -- soft nearest neighbour loss: the forms written by hand ------------------------------------------------------------
@@ -361,5 +372,34 @@ RECIPES = [
         scalars=("rog/fit/accuracy", "rog/fit/softmax", "rog/weight/first", "rog/noise_rate"),
         figures=("rog/transition", "rog/distances", "rog/weights", "rog/memorisation"),
         tables=("rog/suspected_mislabels", "rog/classes", "rog/layers"),
+    ),
+    Recipe(
+        "scattering-classifier",
+        "geometric_scattering",
+        "`ScatteringClassifier`",
+        module=ScatteringModule,
+        reference=ScatteringByHand,
+        refused={"foreign": UnsupportedTraining},
+        scalars=("train/accuracy", "val/loss"),
+        plain=Unscattered,
+        samples=GRAPHS,
+        inner=("encoder", "head"),
+        beside=("importance-weighting", "scattering-explorer"),
+    ),
+    Recipe(
+        "scattering-explorer",
+        "geometric_scattering",
+        "`ScatteringExplorer`",
+        callbacks=lambda: [ScatteringExplorer(every_n_epochs=1)],
+        module=TinyGraphModule,
+        reference=TinyGraphModule,
+        probe=True,
+        scalars=("scattering/dimension/90", "scattering/own_nearest"),
+        figures=tuple(
+            f"scattering/{name}" for name in ("distances", "nearest", "preference", "filters", "attribution")
+        ),
+        tables=("scattering/dimensions", "scattering/distances_table", "scattering/nearest_table"),
+        plain=TinyGraphModule,
+        samples=GRAPHS,
     ),
 ]

@@ -6,7 +6,6 @@ import copy
 import pickle
 
 import pytest
-import torch
 
 from tests.contract.training import build, train
 from tests.support.training import At, Settings, fingerprint, fit, quiet_trainer
@@ -30,10 +29,10 @@ def pair(recipe):
     return build(recipe), build(recipe)
 
 
-def assert_untouched(module, twin):
+def assert_untouched(module, twin, recipe):
     assert fingerprint(module) == fingerprint(twin)
-    copy.deepcopy(module)(torch.zeros(2, 8))
-    pickle.loads(pickle.dumps(module))(torch.zeros(2, 8))
+    copy.deepcopy(module)(recipe.samples.example())
+    pickle.loads(pickle.dumps(module))(recipe.samples.example())
 
 
 @pytest.mark.case("detach")
@@ -41,8 +40,8 @@ def test_after_one_and_two_fits(recipe, pair, tmp_path):
     callbacks = recipe.callbacks()
     for _ in range(2):
         for module, attached in zip(pair, (callbacks, []), strict=True):
-            fit(quiet_trainer(tmp_path, callbacks=attached), module)
-        assert_untouched(*pair)
+            fit(quiet_trainer(tmp_path, callbacks=attached), module, kind=recipe.samples)
+        assert_untouched(*pair, recipe)
 
 
 @pytest.mark.case("detach")
@@ -57,12 +56,12 @@ def test_after_an_exception_and_the_fit_after_it(recipe, pair, tmp_path, where):
     for module, attached in zip(pair, (callbacks, []), strict=True):
         module.settings = Settings(during_step=crash if where == "in the step" else None)
         with pytest.raises(Interrupted):
-            fit(quiet_trainer(tmp_path, callbacks=[*attached, *neighbours]), module)
+            fit(quiet_trainer(tmp_path, callbacks=[*attached, *neighbours]), module, kind=recipe.samples)
         module.settings = Settings()
-    assert_untouched(*pair)
+    assert_untouched(*pair, recipe)
     for module, attached in zip(pair, (callbacks, []), strict=True):
-        fit(quiet_trainer(tmp_path, callbacks=attached), module)
-    assert_untouched(*pair)
+        fit(quiet_trainer(tmp_path, callbacks=attached), module, kind=recipe.samples)
+    assert_untouched(*pair, recipe)
 
 
 @pytest.mark.case("detach")
@@ -87,5 +86,5 @@ def test_copies_made_during_training_are_free_and_change_nothing(recipe, tmp_pat
     copied, trained = copies[-1], copy.deepcopy(copies[-1])
     assert copied.training_step.__self__ is copied
     assert copied.training_step.__func__ is type(copied).training_step
-    fit(quiet_trainer(tmp_path), trained)
+    fit(quiet_trainer(tmp_path), trained, kind=recipe.samples)
     assert list(trained.state_dict()) == list(ours.module.state_dict())

@@ -9,7 +9,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from tests.contract.recipes import Recipe
 from tests.contract.training import train
-from tests.support.training import Settings, TinyModule
+from tests.support.training import Settings
 
 NOISY = Settings(stochastic=True)
 
@@ -21,7 +21,7 @@ def test_plain(runs, assert_equal):
 
 @pytest.mark.case("plain")
 def test_what_should_have_an_effect_has_one(recipe, tmp_path):
-    plain = train(Recipe("plain", "none", "none", module=TinyModule), tmp_path)
+    plain = train(Recipe("plain", "none", "none", module=recipe.plain, samples=recipe.samples), tmp_path)
     effect = train(recipe, tmp_path).difference(plain)
     assert effect == 0 if recipe.probe else effect > 1e-3
 
@@ -55,9 +55,9 @@ def test_clipped_gradients(runs, assert_equal, algorithm):
 
 @pytest.mark.case("compile")
 @pytest.mark.parametrize("form", ["in place", "assigned"])
-def test_compiled_inner_modules(runs, assert_equal, form):
+def test_compiled_inner_modules(recipe, runs, assert_equal, form):
     def prepare(module):
-        for name in ("first", "second"):
+        for name in recipe.inner:
             if form == "in place":
                 getattr(module, name).compile(backend="aot_eager")
             else:

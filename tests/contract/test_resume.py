@@ -20,8 +20,8 @@ def test_resumed_equals_uninterrupted(recipe, tmp_path, when):
     def save():
         return [At(when, lambda trainer, _: trainer.save_checkpoint(saved))]
 
-    whole = train(recipe, tmp_path, after=save, data=ResumableLoader(), max_epochs=EPOCHS)
-    resumed = train(recipe, tmp_path, data=ResumableLoader(), max_epochs=EPOCHS, ckpt_path=saved)
+    whole = train(recipe, tmp_path, after=save, data=ResumableLoader(kind=recipe.samples), max_epochs=EPOCHS)
+    resumed = train(recipe, tmp_path, data=ResumableLoader(kind=recipe.samples), max_epochs=EPOCHS, ckpt_path=saved)
     assert whole.trainer.global_step == resumed.trainer.global_step == EPOCHS * STEPS
     assert_identical(whole.module, resumed.module)
     ours = slice(0, len(recipe.callbacks()))

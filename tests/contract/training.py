@@ -69,5 +69,5 @@ def train(
         prepare(module)
     attached = [*before(), *callbacks(recipe, reference=reference), *after()]
     trainer = quiet_trainer(folder, **{"callbacks": attached, **fresh(), **trainer_settings})
-    fit(trainer, module, data, **({"ckpt_path": ckpt_path} if ckpt_path else {}))
+    fit(trainer, module, data, kind=recipe.samples, **({"ckpt_path": ckpt_path} if ckpt_path else {}))
     return Run(module, trainer, torch.get_rng_state())

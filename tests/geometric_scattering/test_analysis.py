@@ -16,6 +16,7 @@ from lightning_methods.geometric_scattering import (
     pca_dimensions,
     z_scores,
 )
+from lightning_methods.geometric_scattering import svm as svm_module
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +89,58 @@ def test_fit_predict_and_protocols(clusters):
     x, y = clusters
     svm = ScatteringSVM(models=3, gammas=(0.1,), costs=(1.0, 10.0)).fit(x[:60], y[:60])
     assert (svm.predict(x[60:]) == y[60:]).double().mean() > 0.8
+    # what is standardised already
+    z = z_scores(x)
+    plain, scaled = (
+        ScatteringSVM(models=4, gammas=(0.1,), costs=(1.0,), scaler=scaler).cross_validate(z, y, folds=5)
+        for scaler in ("none", "transductive")
+    )
+    assert np.array_equal(plain.accuracies, scaled.accuracies)
     one, two = (
         ScatteringSVM(models=4, gammas=(0.1,), costs=(1.0,), jobs=jobs).cross_validate(x, y, folds=5) for jobs in (1, 2)
     )
     assert np.array_equal(one.accuracies, two.accuracies)
     assert one.chosen.shape == (5, 4, 2)
+
+
+@pytest.mark.parametrize("scaler", ["transductive", "train"])
+def test_an_interrupted_validation_goes_on_where_it_stopped(clusters, tmp_path, monkeypatch, scaler):
+    x, y = clusters
+    settings = {"models": 4, "gammas": (0.01, 0.1), "costs": (1.0, 10.0), "scaler": scaler}
+    whole = ScatteringSVM(**settings).cross_validate(x, y, folds=5)
+    compute, calls = ScatteringSVM._cell, []
+
+    def stopping(self, *given):
+        calls.append(given[-1])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return compute(self, *given)
+
+    monkeypatch.setattr(ScatteringSVM, "_cell", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        ScatteringSVM(**settings).cross_validate(x, y, folds=5, folder=tmp_path)
+    resumed = ScatteringSVM(**settings).cross_validate(x, y, folds=5, folder=str(tmp_path))
+    assert len(calls) == len(set(calls)) + 1 == (10 if scaler == "transductive" else 5) + 1
+    for ours, theirs in zip(resumed, whole, strict=True):
+        assert np.array_equal(ours, theirs)
+    ScatteringSVM(**settings).cross_validate(x, y, folds=5, folder=tmp_path)
+    assert len(calls) == len(set(calls)) + 1  # all of it is known
+    ScatteringSVM(**{**settings, "costs": (2.0,)}).cross_validate(x, y, folds=5, folder=tmp_path)
+    assert len(calls) > len(set(calls)) + 1  # other settings are not
+
+
+def test_machines_that_serve_two_folds_are_those_of_each_fold_alone(clusters):
+    x, y = clusters
+    svm = ScatteringSVM(models=4, gammas=(0.01, 0.1, 1.0), costs=(0.1, 1.0, 10.0), scaler="transductive")
+    found = svm.cross_validate(x, y, folds=5)
+    parts = svm_module._folds(y.numpy(), 5, "stratified", 0)
+    z = z_scores(x).numpy()
+    distances = svm_module._squared_distances(z, z)
+    for k in range(5):
+        alone = svm._cell(x.numpy(), y.numpy(), parts, distances, (k,))
+        assert [vote.chosen for vote in alone] == [tuple(chosen) for chosen in found.chosen[k]]
+        voted = svm_module._vote([vote.predicted for vote in alone])
+        assert found.accuracies[k] == (voted == y.numpy()[parts[k]]).mean()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tiny files in the formats of MNIST and CIFAR-10, so that tests need no download."""
+"""Tiny files in the formats of MNIST, CIFAR-10 and the TU collection, so that tests need no download."""
 
 from __future__ import annotations
 
@@ -39,4 +39,23 @@ def write_cifar10(root: Path) -> Path:
         entry = {"data": rng.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]}
         (folder / name).write_bytes(pickle.dumps(entry))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
+    return root
+
+
+def write_tu(root: Path, name: str, *, classes: int, labels: int = 3, graphs: int = 4) -> Path:
+    """Write random rings with chords as a data set of the TU collection, `graphs` of each class, and return `root`."""
+    raw = root / name / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    edges, owners, of_nodes, of_graphs = [], [], [], []
+    for graph in range(classes * graphs):
+        n, first = int(rng.integers(6, 12)), len(owners) + 1
+        pairs = [(i, (i + 1) % n) for i in range(n)] + [(0, int(rng.integers(2, n - 1)))]
+        edges += [f"{first + i}, {first + j}" for a, b in pairs for i, j in ((a, b), (b, a))]
+        owners += [str(graph + 1)] * n
+        of_nodes += map(str, rng.permutation(np.arange(n) % labels))
+        of_graphs.append(str(graph % classes + 1))
+    files = {"A": edges, "graph_indicator": owners, "node_labels": of_nodes, "graph_labels": of_graphs}
+    for part, lines in files.items():
+        (raw / f"{name}_{part}.txt").write_text("\n".join(lines) + "\n")
     return root

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 # `lightning.pytorch` and `pytorch_lightning` are two copies; a process of its own trains with the other one
 pl = importlib.import_module(os.environ.get("LIGHTNING_FAMILY", "lightning.pytorch"))
@@ -65,8 +65,13 @@ class TinyModule(pl.LightningModule):
     def total_loss(self, layers: dict[str, Tensor], y: Tensor) -> Tensor:
         return self.own_loss(layers["head"], y)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
+    def split(self, batch: Any) -> tuple[Any, Tensor]:
+        """Return what the layers take, and the labels."""
         x, y = batch
+        return x, y
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = self.split(batch)
         layers = self.layers(x)
         loss = self.total_loss(layers, y)
         if self.settings.during_step is not None:
@@ -80,7 +85,7 @@ class TinyModule(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        x, y = batch
+        x, y = self.split(batch)
         if self.settings.during_validation is not None:
             self.settings.during_validation(self)
         self.log("val_loss", F.cross_entropy(self(x), y), batch_size=len(y))
@@ -97,15 +102,29 @@ def made_data(samples: int = SAMPLES) -> TensorDataset:
     return TensorDataset(x, y)
 
 
-def loader(samples: int = SAMPLES, *, batch_size: int = BATCH, shuffle: bool = False) -> DataLoader:
-    return DataLoader(made_data(samples), batch_size=batch_size, shuffle=shuffle)
+@dataclass(frozen=True)
+class Samples:
+    """What modules are trained on: a data set of so many samples, how they become a batch, and what a module takes."""
+
+    dataset: Callable[[int], Any] = made_data
+    collate: Callable[[list[Any]], Any] = default_collate
+    example: Callable[[], Any] = lambda: torch.zeros(2, FEATURES)
+
+
+ROWS = Samples()
+
+
+def loader(
+    samples: int = SAMPLES, *, batch_size: int = BATCH, shuffle: bool = False, kind: Samples = ROWS
+) -> DataLoader:
+    return DataLoader(kind.dataset(samples), batch_size=batch_size, shuffle=shuffle, collate_fn=kind.collate)
 
 
 class ResumableLoader:
     """A loader whose position goes into Lightning's checkpoints, so that a resumed epoch goes on where it stopped."""
 
-    def __init__(self, samples: int = SAMPLES, batch_size: int = BATCH) -> None:
-        self.batches = list(loader(samples, batch_size=batch_size))
+    def __init__(self, samples: int = SAMPLES, batch_size: int = BATCH, kind: Samples = ROWS) -> None:
+        self.batches = list(loader(samples, batch_size=batch_size, kind=kind))
         self.position = self.start = 0
 
     def __len__(self) -> int:
@@ -133,12 +152,20 @@ def quiet_trainer(folder: Path | str, **settings: Any) -> pl.Trainer:
     return pl.Trainer(**{"accelerator": "cpu", "default_root_dir": folder, **quiet, **settings})
 
 
-def fit(trainer: pl.Trainer, module: pl.LightningModule, train: Any = None, *, seed: int = 3, **kwargs: Any) -> None:
+def fit(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    train: Any = None,
+    *,
+    seed: int = 3,
+    kind: Samples = ROWS,
+    **kwargs: Any,
+) -> None:
     """Fit on the made data from a fixed random state."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(module, loader() if train is None else train, loader(BATCH), **kwargs)
+        trainer.fit(module, loader(kind=kind) if train is None else train, loader(BATCH, kind=kind), **kwargs)
 
 
 class At(pl.Callback):
