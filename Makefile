@@ -33,7 +33,7 @@ $(VENV)/.ready-$(KEY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(RUN) examples/snnl.py
+	$(RUN) examples/rog.py
 
 test: $(READY)
 	$(RUN) -m pytest $(PYTEST_ARGS)
@@ -51,6 +51,9 @@ bench: $(READY)
 	$(RUN) benchmarks/cka.py
 	$(RUN) benchmarks/augmented_dropout.py
 	$(RUN) benchmarks/importance_weighting.py
+	$(RUN) benchmarks/rog.py
+	$(RUN) benchmarks/geometric_scattering.py
+	$(RUN) benchmarks/lit.py
 
 # write the compatibility matrix of the README and the cards from the results of the contract tests
 matrix: $(READY)

@@ -22,15 +22,17 @@ if __name__ == "__main__":
     if "WANDB_MODE" in os.environ:
         loggers.append(WandbLogger(project="lightning-methods", name="rog", save_dir="runs"))
     rog = RobustGenerativeClassifier()
-    trainer = Trainer(max_epochs=100, callbacks=[rog], logger=loggers, enable_model_summary=False, log_every_n_steps=5)
-    digits = DigitsDataModule(flat=True, wrap_train=partial(NoisyLabels, rate=0.4))
+    trainer = Trainer(max_epochs=80, callbacks=[rog], logger=loggers, enable_model_summary=False, log_every_n_steps=5)
+    digits = DigitsDataModule(128, flat=True, wrap_train=partial(NoisyLabels, rate=0.4))
     model = Classifier(MLP(64, (256, 64, 64)), partial(Adam, lr=2e-3))
     trainer.fit(model, digits)
+    known = trainer.callback_metrics["train/accuracy"]
     (result,) = trainer.test(model, digits, verbose=False)
 
-    table = Table("classifier", "test accuracy", title="Trained with 40% wrong labels")
-    table.add_row("softmax", f"{result['rog/test/softmax']:.3f}")
-    table.add_row("RoG", f"{result['rog/test/accuracy']:.3f}")
+    table = Table("classifier", "test accuracy", title="Digits with 40% wrong labels")
+    table.add_row("its softmax", f"{result['rog/test/softmax']:.3f}")
+    table.add_row("RoG on its layers", f"{result['rog/test/accuracy']:.3f}")
     console = Console(width=120)
-    found = f"wrong labels: {rog.audit.noise_rate:.1%} estimated, {rog.audit.quality()['true_noise_rate']:.1%} in truth"
+    noise, true = rog.audit.noise_rate, rog.audit.quality()["true_noise_rate"]
+    found = f"learned of the noisy labels: {known:.1%}; wrong: {noise:.1%} estimated, {true:.1%} in truth"
     console.print(table, found, *rog.figure_paths, sep="\n")

@@ -39,6 +39,7 @@ def trained(args: argparse.Namespace, name: str, seed: int, *, learnable: bool) 
     )
     best = ModelCheckpoint("runs/geometric_scattering/legs", monitor="val/accuracy", mode="max", save_weights_only=True)
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet["default_root_dir"] = "runs/geometric_scattering/legs"
     trainer = Trainer(max_epochs=args.epochs, accelerator=args.device, devices=1, callbacks=[best], **quiet)
     start = time.monotonic()
     trainer.fit(model, datamodule=data)

@@ -4,6 +4,7 @@ python evidence/geometric_scattering/run.py accuracy MUTAG ENZYMES ...    tables
 python evidence/geometric_scattering/run.py pca MUTAG ENZYMES ...         table 4: on principal components
 python evidence/geometric_scattering/run.py wl MUTAG ... --python peers/bin/python     grakel's kernel, same folds
 python evidence/geometric_scattering/run.py legs ENZYMES PROTEINS IMDB-BINARY          learned scales against fixed ones
+python evidence/geometric_scattering/run.py explore       the figures of README.md: ENZYMES, by sums of powers
 python evidence/geometric_scattering/run.py tables                        the tables of README.md from the results
 
 Reads the raw files of the TU collection in `--root` (default data/TU). What is computed of a pair of folds is kept in
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +25,17 @@ import kernels
 import legs
 import tables
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
+from torch_geometric.loader import DataLoader
 
-from lightning_methods import GeometricScattering, ScatteringSVM, TUGraphDataModule
+from lightning_methods import (
+    GeometricScattering,
+    ScatteringClassifier,
+    ScatteringExplorer,
+    ScatteringSVM,
+    TUGraphDataModule,
+)
 from lightning_methods.geometric_scattering import pca_dimensions, z_scores
 
 HERE = Path(__file__).parent
@@ -148,9 +158,31 @@ def wl(args: argparse.Namespace) -> None:
                 results.add(entry_of(found, start), name, str(seed))
 
 
+def explore(args: argparse.Namespace) -> None:
+    """Draw the classes of ENZYMES and where its most telling moment comes from, by the callback in a short training."""
+    data = TUGraphDataModule("ENZYMES", args.root)
+    explorer = ScatteringExplorer(
+        GeometricScattering(normalized=False),
+        data=DataLoader(data.graphs, batch_size=100),
+        class_names=[f"EC-{i}" for i in range(1, 7)],
+        drawn=6,
+    )
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[explorer], default_root_dir=KEPT / "explore", **quiet)
+    trainer.fit(ScatteringClassifier(6, 3), datamodule=data)
+    for path in explorer.figure_paths:
+        shutil.copy(path, HERE / f"enzymes_{path.name.rpartition('_')[0]}.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"accuracy": accuracy, "pca": pca, "wl": wl, "legs": lambda args: legs.run(args, Results("legs"))}
+    parts = {
+        "accuracy": accuracy,
+        "pca": pca,
+        "wl": wl,
+        "explore": explore,
+        "legs": lambda args: legs.run(args, Results("legs")),
+    }
     parser.add_argument("part", choices=[*parts, "tables"])
     parser.add_argument("names", nargs="*", help="data sets of the TU collection")
     parser.add_argument("--root", default="data/TU", help="folder of the data sets; default data/TU")

@@ -43,6 +43,9 @@ COMMANDS = {
     "dropout-map": Command(
         "lightning_methods.cli.dropout_map:draw", "which pass needs the noise of dropout, over a grid of both rates"
     ),
+    "audit-labels": Command(
+        "lightning_methods.cli.audit_labels:audit", "which training labels look wrong, by a network trained on them"
+    ),
     "reproduce": Command("lightning_methods.cli.reproduce:run", "a paper's tables beside ours, cell by cell: enzymes"),
     "list": Command("lightning_methods.cli.cards:list_techniques", "the techniques, their classes and papers"),
     "card": Command(

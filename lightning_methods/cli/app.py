@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -98,26 +98,61 @@ def build(path: str) -> tuple[LightningModule, LightningDataModule | None]:
     Example:
         >>> model, data = build("configs/cka/digits.yaml")  # doctest: +SKIP
     """
+    cli = _without_run(_described(path), [])
+    return cli.model, cli.datamodule
+
+
+def build_with_callback(
+    path: str, name: str, **changed: Any
+) -> tuple[LightningModule, LightningDataModule | None, Callback]:
+    """Build also a callback: the first of the class `name` in the configuration's trainer, or else a new one.
+
+    Args:
+        path: a YAML file with `model` and, for data beside the model, `data`.
+        name: of the class, as in the catalog.
+        changed: arguments of the callback that replace those of the configuration.
+
+    Raises:
+        InvalidArgument: if there is no such file, it describes no model, or an argument is wrong.
+
+    Example:
+        >>> build_with_callback("configs/rog/digits.yaml", "RobustGenerativeClassifier")  # doctest: +SKIP
+    """
+    config = _described(path)
+    found = (config.get("trainer") or {}).get("callbacks") or []
+    entries = [e if isinstance(e, dict) else {"class_path": e} for e in (found if isinstance(found, list) else [found])]
+    own = [e for e in entries if str(e.get("class_path")).rpartition(".")[2] == name]
+    entry: dict[str, Any] = dict(own[0]) if own else {"class_path": name}
+    entry["init_args"] = {**(entry.get("init_args") or {}), **changed}
+    cli = _without_run(config, [entry])
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    return cli.model, cli.datamodule, next(c for c in callbacks if type(c).__name__ == name)
+
+
+def _described(path: str) -> dict[str, Any]:
     try:
         config: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise InvalidArgument(f"{path} cannot be read as a configuration: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict) or not config.get("model"):
         raise InvalidArgument(f"{path} describes no model; the config.yaml of a run is needed.")
+    return config
+
+
+def _without_run(config: dict[str, Any], callbacks: list[Any]) -> MethodsCLI:
     # neither the run's trainer, whose loggers would start, nor what belongs to one subcommand only
     wanted: dict[str, Any] = {k: config[k] for k in ("model", "data") if config.get(k)}
     wanted["seed_everything"] = False
-    wanted["trainer"] = {"logger": False, "accelerator": "cpu", "enable_checkpointing": False}
+    wanted["trainer"] = {"logger": False, "accelerator": "cpu", "enable_checkpointing": False, "callbacks": callbacks}
     with as_process_arguments([]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter.*")
-        cli = MethodsCLI(
+        return MethodsCLI(
             args=wanted,
             run=False,
             save_config_callback=None,
             parser_class=ReadableParser,
             parser_kwargs={"prog": PROGRAM},
         )
-    return cli.model, cli.datamodule
 
 
 fit, validate, test, predict = (partial(run, command) for command in ("fit", "validate", "test", "predict"))

@@ -150,6 +150,8 @@ class LossHub:
         batch = args[0] if args else kwargs.get("batch")
         batch_idx = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("batch_idx", 0)
         run = functools.partial(self.inner, *args, **kwargs)
+        if len(self.wrappers) == 1 and not self.participants:  # as little as can be, for small networks
+            return self.wrappers[0].run_step(self.module, batch, batch_idx, run)
         for wrapper in reversed(self.wrappers):
             run = functools.partial(wrapper.run_step, self.module, batch, batch_idx, run)
         with ExitStack() as stack:
@@ -158,9 +160,7 @@ class LossHub:
             output = run()
             for participant in self.participants:
                 participant.step_ended()
-            if not self.participants:
-                return output
-            loss = self._loss_of(output)
+            loss = self._loss_of(output) if self.participants else None
             if loss is None:
                 return output
             step = TrainingStep(self.module, batch, batch_idx, output, loss)

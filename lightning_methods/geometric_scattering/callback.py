@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from lightning_methods.core._lightning import Callback, rank_zero_warn
 from lightning_methods.core.batches import describe_batch
 from lightning_methods.core.gather import gather_rows
-from lightning_methods.core.passes import batches
+from lightning_methods.core.passes import batches, preserved
 from lightning_methods.errors import (
     BatchFormat,
     InvalidArgument,
@@ -33,8 +34,8 @@ from lightning_methods.geometric_scattering.subspaces import (
 from lightning_methods.geometric_scattering.transform import GeometricScattering
 from lightning_methods.report import curves, heatmap, is_reporting, log_figure, log_table
 
-# graphs that are kept for drawing, and the largest that can still be looked at
-_KEPT, _LARGEST = 300, 120
+# graphs of each class that are kept for drawing, and the largest that can still be looked at
+_KEPT, _LARGEST = 100, 120
 
 
 class ScatteringExplorer(Callback):
@@ -118,6 +119,7 @@ class ScatteringExplorer(Callback):
         self.subspaces: ClassSubspaces | None = None
         self.telling: list[tuple[str, float]] = []
         self.figure_paths: list[Path] = []
+        self._unchecked = False  # whether the first batch of the training is still to be looked at
 
     @property
     def state_key(self) -> str:
@@ -125,14 +127,27 @@ class ScatteringExplorer(Callback):
         return self._generate_state_key(log_prefix=self.log_prefix)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Look at one batch, so that what cannot be explored is told before the training."""
+        """Look at one batch of other data than those of the training, to tell before it what cannot be explored."""
         self._reset()
-        if self._is_quiet(trainer):
-            return
-        for x, _, batch in self._features(trainer, pl_module, limit=1):
-            names = self._source(pl_module, batch).names(x.shape[1])
-            if self.moment is not None and self.moment not in names:
-                raise InvalidArgument(f"moment={self.moment!r} is not known. {did_you_mean(self.moment, names)}")
+        self._unchecked = self.data == "train"
+        if not self._unchecked and not self._is_quiet(trainer):
+            batch = next(batches(trainer, pl_module, self.data, description="ScatteringExplorer", limit=1), None)
+            if batch is not None:
+                self._check(pl_module, batch)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Look at the first batch: a pass of its own would move a loader that is to go on where a run stopped."""
+        if self._unchecked and not self._is_quiet(trainer):
+            self._check(pl_module, batch)
+        self._unchecked = False
+
+    def _check(self, pl_module: Any, batch: Any) -> None:
+        with torch.no_grad(), preserved(pl_module):
+            pl_module.eval()
+            x, _ = self._read(pl_module, batch)
+        names = self._source(pl_module, batch).names(x.shape[1])
+        if self.moment is not None and self.moment not in names:
+            raise InvalidArgument(f"moment={self.moment!r} is not known. {did_you_mean(self.moment, names)}")
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the scalars, if asked to."""
@@ -173,26 +188,23 @@ class ScatteringExplorer(Callback):
         signals: Any = ("x",) if getattr(batch, "x", None) is not None else ("eccentricity", "clustering")
         return _Source(GeometricScattering(normalized=False, signals=signals))
 
-    def _features(self, trainer: Any, pl_module: Any, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor, Any]]:
-        """Yield features `(B, F)` and classes `(B,)` of each batch, and the batch."""
-        for batch in batches(trainer, pl_module, self.data, description="ScatteringExplorer", limit=limit):
-            if getattr(batch, "edge_index", None) is None and getattr(batch, "scattering", None) is None:
-                raise BatchFormat(
-                    f"ScatteringExplorer needs graphs of PyG with edge_index, or with their features as scattering; "
-                    f"the batch is {describe_batch(batch)}."
-                )
-            y = getattr(batch, "y", None)
-            if not isinstance(y, Tensor) or y.is_floating_point() or y.numel() != y.shape[:1].numel():
-                raise BatchFormat(
-                    f"ScatteringExplorer needs class labels y (graphs,) of whole numbers; the batch is "
-                    f"{describe_batch(batch)}."
-                )
-            x = self._source(pl_module, batch).features(batch).detach().double()
-            if len(x) != y.numel():
-                raise ShapeMismatch(
-                    f"There are features of {len(x)} graphs and {y.numel()} labels; one each is needed."
-                )
-            yield x, y.reshape(-1).long(), batch
+    def _read(self, pl_module: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return features `(B, F)` and classes `(B,)` of a batch."""
+        if getattr(batch, "edge_index", None) is None and getattr(batch, "scattering", None) is None:
+            raise BatchFormat(
+                f"ScatteringExplorer needs graphs of PyG with edge_index, or with their features as scattering; "
+                f"the batch is {describe_batch(batch)}."
+            )
+        y = getattr(batch, "y", None)
+        if not isinstance(y, Tensor) or y.is_floating_point() or y.numel() != y.shape[:1].numel():
+            raise BatchFormat(
+                f"ScatteringExplorer needs class labels y (graphs,) of whole numbers; the batch is "
+                f"{describe_batch(batch)}."
+            )
+        x = self._source(pl_module, batch).features(batch).detach().double()
+        if len(x) != y.numel():
+            raise ShapeMismatch(f"There are features of {len(x)} graphs and {y.numel()} labels; one each is needed.")
+        return x, y.reshape(-1).long()
 
     def _explore(self, trainer: Any, pl_module: Any) -> _Found | None:
         """Take the features of all graphs and what follows from them."""
@@ -200,12 +212,13 @@ class ScatteringExplorer(Callback):
         labels: list[Tensor] = []
         graphs: list[_Graph] = []
         names: list[str] = []
-        for x, y, batch in self._features(trainer, pl_module):
+        for batch in batches(trainer, pl_module, self.data, description="ScatteringExplorer"):
+            x, y = self._read(pl_module, batch)
             rows.append(x)
             labels.append(y)
             source = self._source(pl_module, batch)
             names = names or source.names(x.shape[1])
-            graphs += _small_graphs(batch, x, y) if len(graphs) < _KEPT else []
+            graphs += _small_graphs(batch, x, y, Counter(graph.label for graph in graphs))
         if not rows:
             rank_zero_warn("ScatteringExplorer got no batch and shows nothing.", category=NoEffect)
             return None
@@ -384,15 +397,16 @@ class _Source:
         return filter_responses(self.encoder.J if self.encoder is not None else self.origin.filters["J"])
 
 
-def _small_graphs(batch: Any, features: Tensor, labels: Tensor) -> list[_Graph]:
-    """Return the graphs of a batch that can be looked at, on the CPU."""
+def _small_graphs(batch: Any, features: Tensor, labels: Tensor, known: Counter[int]) -> list[_Graph]:
+    """Return the graphs of a batch that can be looked at, on the CPU, but of classes with enough of them."""
     if getattr(batch, "edge_index", None) is None:
         return []
     graphs = batch.to_data_list() if hasattr(batch, "to_data_list") else [batch]
     kept = []
     for graph, row, label in zip(graphs, features.cpu(), labels.tolist(), strict=True):
-        if 0 < int(graph.num_nodes or 0) <= _LARGEST:
+        if known[label] < _KEPT and 0 < int(graph.num_nodes or 0) <= _LARGEST:
             kept.append(_Graph(graph.cpu(), row, label))
+            known[label] += 1
     return kept
 
 

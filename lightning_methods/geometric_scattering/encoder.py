@@ -18,7 +18,12 @@ from lightning_methods.geometric_scattering.functional import (
     stranded,
     transition,
 )
-from lightning_methods.geometric_scattering.moments import feature_names, moment_contributions, scattering_moments
+from lightning_methods.geometric_scattering.moments import (
+    feature_names,
+    moment_contributions,
+    scattering_moments,
+    warn_of_moments,
+)
 
 # a one-hot row of the softmax up to 3e-8 for each other step: as good as fixed in single precision
 _SHARPNESS = 17.5
@@ -98,6 +103,7 @@ class ScatteringEncoder(nn.Module):
         self.filters: dict[str, Any] = {"J": J, "order": order, "include_finest": include_finest}
         self.filters["include_lowpass"] = include_lowpass
         self.moments: dict[str, Any] = {"Q": Q, "normalized": normalized}
+        warn_of_moments(Q, normalized=normalized, owner=type(self).__name__)
         self.walk: dict[str, Any] = {"normalization": normalization, "remove_self_loops": remove_self_loops}
         self.paths = scattering_paths(**self.filters)
         self.learnable = bool(learnable)
@@ -141,6 +147,12 @@ class ScatteringEncoder(nn.Module):
             raise ShapeMismatch(
                 f"The signals have the shape {tuple(x.shape)}; (n, {self.in_channels}) is needed, since in_channels="
                 f"{self.in_channels}."
+            )
+        if not bool(x.isfinite().all()):
+            bad = (~x.isfinite()).nonzero()[0].tolist()
+            raise InvalidArgument(
+                f"The signals are not finite, first at node {bad[0]} in column {bad[1]}: no moment is defined. Replace "
+                f"missing values before."
             )
         # half precision has no sparse products and loses the long scales
         x = x if x.dtype == torch.float64 else x.float()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
-from lightning_methods.errors import InvalidArgument, ShapeMismatch
+from lightning_methods.errors import InvalidArgument, LightningMethodsWarning, ShapeMismatch
 from lightning_methods.geometric_scattering.functional import Path, scattering_paths
 
 # coefficients up to so many rounding errors of their signal are 0: measured on complete graphs there are 18 at most
@@ -197,6 +199,17 @@ def _corrected(standardised: Tensor, counts: Tensor, q: int) -> Tensor:
         n = counts.clamp(min=3)
         return standardised * torch.where(counts > 2, (n * (n - 1)).sqrt() / (n - 2), 1.0)
     return standardised - 3 if q == 4 else standardised
+
+
+def warn_of_moments(Q: int, *, normalized: bool, owner: str) -> None:
+    """Tell that normalised moments above the fourth are not those of the paper."""
+    if normalized and Q > 4:
+        warnings.warn(
+            f"{owner}: Q={Q} normalised moments; those above the fourth are standardised central moments, which the "
+            f"paper does not have and few nodes determine. It has Q=4; sums of powers (normalized=False) go further.",
+            LightningMethodsWarning,
+            stacklevel=3,
+        )
 
 
 def moment_names(Q: int, *, normalized: bool) -> list[str]:

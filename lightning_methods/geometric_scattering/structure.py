@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
+import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from lightning_methods.errors import InvalidArgument, check_choice
 from lightning_methods.geometric_scattering.functional import sparse_matrix, transition
 from lightning_methods.geometric_scattering.moments import checked_batch
+
+Disconnected = Literal["component", "zero", "error"]
+# what is computed of blocks of many graphs, and of the edges of one graph
+Kind = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int], Tensor]]
 
 # small graphs, and larger ones with more than 1/16 of all edges, are cheaper as dense blocks of many graphs at once
 _SMALL_NODES, _DENSE_FACTOR, _DENSE_NODES = 64, 16, 1024
@@ -63,12 +72,22 @@ def clustering_coefficient(edge_index: Tensor, batch: Tensor | None = None, num_
         tensor([1.0000, 1.0000, 0.3333, 0.0000], dtype=torch.float64)
     """
     graphs = _Graphs(edge_index, batch, num_nodes)
-    triangles = graphs.apply(_triangles_of_dense, _triangles_of_sparse)
-    pairs = graphs.degree * (graphs.degree - 1)
+    (triangles,) = graphs.apply((_triangles_of_dense, _triangles_of_sparse))
+    return _share_of_pairs(triangles, graphs.degree)
+
+
+def _share_of_pairs(triangles: Tensor, degree: Tensor) -> Tensor:
+    pairs = degree * (degree - 1)
     return torch.where(pairs > 0, 2 * triangles / pairs.clamp(min=1), 0.0)
 
 
-def eccentricity(edge_index: Tensor, batch: Tensor | None = None, num_nodes: int | None = None) -> Tensor:
+def eccentricity(
+    edge_index: Tensor,
+    batch: Tensor | None = None,
+    num_nodes: int | None = None,
+    *,
+    disconnected: Disconnected = "component",
+) -> Tensor:
     """Return the number of edges to the farthest node that can be reached, 0 of a node alone.
 
     Shapes:
@@ -78,9 +97,11 @@ def eccentricity(edge_index: Tensor, batch: Tensor | None = None, num_nodes: int
         edge_index: the edges, an undirected one in both directions; directed ones are followed from source to target.
         batch: to which graph each node belongs, which makes many graphs fast; by default all to one.
         num_nodes: number of nodes; by default that of `batch`, or one more than the largest index.
+        disconnected: what a graph of several parts gets: each `"component"` by itself, `"zero"` at all nodes, or an
+            `"error"`. The paper has no eccentricity of such graphs.
 
     Raises:
-        InvalidArgument: for an index outside the nodes.
+        InvalidArgument: for an index outside the nodes, or where asked for, a graph that is not connected.
         ShapeMismatch: if batch and nodes do not fit together.
 
     Example:
@@ -88,15 +109,47 @@ def eccentricity(edge_index: Tensor, batch: Tensor | None = None, num_nodes: int
         >>> eccentricity(torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]))
         tensor([2., 1., 2.], dtype=torch.float64)
     """
-    return _Graphs(edge_index, batch, num_nodes).apply(_eccentricity_of_dense, _eccentricity_of_sparse)
+    check_choice("disconnected", disconnected, ("component", "zero", "error"))
+    graphs = _Graphs(edge_index, batch, num_nodes)
+    (found,) = graphs.apply((_eccentricity_of_dense, _eccentricity_of_sparse))
+    if disconnected == "component":
+        return found
+    apart = graphs.apart()
+    if disconnected == "error" and bool(apart.any()):
+        raise InvalidArgument(
+            f"Node {int(apart.nonzero()[0])} is in a graph that is not connected ({int(apart.sum())} nodes are), and "
+            f"disconnected='error'. Take its components by themselves with 'component', or 'zero'."
+        )
+    return found.masked_fill(apart, 0)
 
 
-#: name -> function of `edge_index`, `batch` and `num_nodes`
-SIGNALS: dict[str, Callable[[Tensor, Tensor | None, int | None], Tensor]] = {
-    "eccentricity": eccentricity,
-    "degree": degree,
-    "clustering": clustering_coefficient,
-}
+SIGNALS = ("eccentricity", "degree", "clustering")
+
+
+def structural_signals(
+    names: Sequence[str], edge_index: Tensor, batch: Tensor, num_nodes: int, *, simple: bool = False
+) -> dict[str, Tensor]:
+    """Return several signals, `(num_nodes,)` each, of graphs that are read once.
+
+    Args:
+        names: of `SIGNALS`.
+        edge_index: the edges.
+        batch: to which graph each node belongs.
+        num_nodes: number of nodes.
+        simple: whether the edges are those that `transition` returned, without loops, each once.
+    """
+    if not names:
+        return {}
+    graphs = _Graphs(edge_index, batch, num_nodes, simple=simple)
+    kinds = {
+        "eccentricity": (_eccentricity_of_dense, _eccentricity_of_sparse),
+        "clustering": (_triangles_of_dense, _triangles_of_sparse),
+    }
+    wanted = [name for name in names if name in kinds]
+    found = dict(zip(wanted, graphs.apply(*(kinds[name] for name in wanted)), strict=True))
+    if "clustering" in found:
+        found["clustering"] = _share_of_pairs(found["clustering"], graphs.degree)
+    return {**found, "degree": graphs.degree}
 
 
 # -- many graphs at once -----------------------------------------------------------------------------------------------
@@ -105,38 +158,60 @@ SIGNALS: dict[str, Callable[[Tensor, Tensor | None, int | None], Tensor]] = {
 class _Graphs:
     """The nodes sorted by graph, with what is needed to treat graphs of one size together."""
 
-    def __init__(self, edge_index: Tensor, batch: Tensor | None, num_nodes: int | None) -> None:
+    def __init__(
+        self, edge_index: Tensor, batch: Tensor | None, num_nodes: int | None, *, simple: bool = False
+    ) -> None:
         if num_nodes is None and batch is not None:
             num_nodes = len(batch)
-        edges, _, self.size = transition(edge_index, None, num_nodes)
+        if simple and num_nodes is not None:
+            edges, self.size = edge_index, num_nodes
+        else:
+            edges, _, self.size = transition(edge_index, None, num_nodes)
         batch, graphs = checked_batch(batch, None, self.size, edges.device)
-        self.degree = torch.bincount(edges[0], minlength=self.size).double()
-        self.order = torch.argsort(batch, stable=True)
-        rank = torch.empty_like(self.order)
-        rank[self.order] = torch.arange(self.size, device=batch.device)
-        edges = rank[edges]
-        self.edges = edges[:, torch.argsort(edges[0], stable=True)]
+        self.degree: Tensor = torch.bincount(edges[0], minlength=self.size).double()
+        self.order = torch.arange(self.size, device=batch.device)
+        if not bool((batch[1:] >= batch[:-1]).all()):
+            self.order = torch.argsort(batch, stable=True)
+            rank = torch.empty_like(self.order)
+            rank[self.order] = torch.arange(self.size, device=batch.device)
+            edges = rank[edges]
+        if not bool((edges[0, 1:] >= edges[0, :-1]).all()):
+            edges = edges[:, torch.argsort(edges[0], stable=True)]
+        self.edges = edges
         self.counts = torch.bincount(batch, minlength=graphs)
         self.starts = self.counts.cumsum(0) - self.counts
         ends = torch.searchsorted(self.edges[0].contiguous(), self.starts + self.counts)
         self.edge_starts = torch.searchsorted(self.edges[0].contiguous(), self.starts)
         self.edge_counts = ends - self.edge_starts
 
-    def apply(self, of_dense: Callable[[Tensor], Tensor], of_sparse: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """Return what a function makes of each graph: of blocks `(graphs, n, n)`, or of its edges."""
-        result = torch.zeros(self.size, dtype=torch.float64, device=self.order.device)
+    def apply(self, *kinds: Kind) -> list[Tensor]:
+        """Return what each kind of function makes of each graph: of blocks `(graphs, n, n)`, or of its edges."""
+        results = [torch.zeros(self.size, dtype=torch.float64, device=self.order.device) for _ in kinds]
         full = self.counts * self.counts <= _DENSE_FACTOR * self.edge_counts
         dense = (self.counts <= _SMALL_NODES) | (full & (self.counts <= _DENSE_NODES))
         for chosen in self._alike(dense & (self.edge_counts > 0)):
             n = int(self.counts[chosen].max())
-            result[self._nodes(chosen)] = of_dense(self._blocks(chosen, n))[self._inside(chosen, n)].double()
+            blocks, inside, nodes = self._blocks(chosen, n), self._inside(chosen, n), self._nodes(chosen)
+            for result, (of_dense, _) in zip(results, kinds, strict=True):
+                result[nodes] = of_dense(blocks)[inside].double()
         for g in (~dense & (self.edge_counts > 0)).nonzero().flatten().tolist():
             start, count = int(self.starts[g]), int(self.counts[g])
             first, edges = int(self.edge_starts[g]), int(self.edge_counts[g])
-            found = of_sparse(self.edges[:, first : first + edges] - start, count)
-            result[start : start + count] = found.double()
-        back = torch.empty_like(result)
-        back[self.order] = result
+            of_graph = self.edges[:, first : first + edges] - start
+            for result, (_, of_sparse) in zip(results, kinds, strict=True):
+                result[start : start + count] = of_sparse(of_graph, count).double()
+        return [torch.empty_like(result).index_copy_(0, self.order, result) for result in results]
+
+    def apart(self) -> Tensor:
+        """Return which nodes are in a graph that is not connected."""
+        source, target = self.edges.cpu().numpy()
+        links = coo_array((np.ones(len(source), dtype=np.int8), (source, target)), (self.size, self.size))
+        parts = torch.from_numpy(connected_components(links, directed=False)[1].astype(np.int64)).to(self.order.device)
+        graph = torch.arange(len(self.counts), device=parts.device).repeat_interleave(self.counts)
+        torn = torch.zeros(len(self.counts), dtype=torch.bool, device=parts.device)
+        torn[graph[parts != parts[self.starts[graph]]]] = True
+        back = torch.empty(self.size, dtype=torch.bool, device=parts.device)
+        back[self.order] = torn[graph]
         return back
 
     def _alike(self, wanted: Tensor) -> Iterator[Tensor]:
@@ -144,7 +219,10 @@ class _Graphs:
         graphs = wanted.nonzero().flatten()
         graphs = graphs[torch.argsort(self.counts[graphs], descending=True)]
         while len(graphs):
-            together = max(1, _ELEMENTS // int(self.counts[graphs[0]]) ** 2)
+            largest = int(self.counts[graphs[0]])
+            # much smaller ones would be filled up with zeros at the cost of the largest
+            alike = int((self.counts[graphs] > 0.75 * largest - 4).sum())
+            together = min(alike, max(1, _ELEMENTS // largest**2))
             yield graphs[:together]
             graphs = graphs[together:]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,12 +17,24 @@ from lightning_methods.errors import BatchFormat, InvalidArgument, LightningMeth
 from lightning_methods.geometric_scattering.functional import (
     Isolated,
     Normalization,
-    lazy_random_walk,
+    lazy_matrix,
     scattering_coefficients,
     scattering_paths,
+    transition,
 )
-from lightning_methods.geometric_scattering.moments import feature_names, moment_contributions, scattering_moments
-from lightning_methods.geometric_scattering.structure import SIGNALS
+from lightning_methods.geometric_scattering.moments import (
+    feature_names,
+    moment_contributions,
+    scattering_moments,
+    warn_of_moments,
+)
+from lightning_methods.geometric_scattering.structure import (
+    SIGNALS,
+    Disconnected,
+    clustering_coefficient,
+    eccentricity,
+    structural_signals,
+)
 
 # entries of all coefficients that are held at a time
 _ELEMENTS = 2**23
@@ -62,6 +75,7 @@ class GeometricScattering(GraphTransform):
         isolated: whether a node without edges loses mass as in the paper, or keeps it.
         remove_self_loops: whether edges from a node to itself are left out.
         use_edge_weight: whether `data.edge_weight` weights the edges, where there is one.
+        to_undirected: whether edges in one direction go both ways; by default they carry mass from source to target.
         include_finest: whether there is the filter :math:`I - P`.
         include_lowpass: whether there is the filter :math:`P^{2^J}`.
         dtype: of the computation and the features; single precision loses the longest scales.
@@ -91,6 +105,7 @@ class GeometricScattering(GraphTransform):
         isolated: Isolated = "leak",
         remove_self_loops: bool = True,
         use_edge_weight: bool = True,
+        to_undirected: bool = False,
         include_finest: bool = False,
         include_lowpass: bool = False,
         dtype: torch.dtype = torch.float64,
@@ -114,13 +129,14 @@ class GeometricScattering(GraphTransform):
         self.paths = scattering_paths(**self.filters)
         self.moments: dict[str, Any] = {"Q": Q, "normalized": normalized}
         scattering_moments(torch.zeros(1, 1, 1), **self.moments)  # checks Q
+        warn_of_moments(Q, normalized=normalized, owner=type(self).__name__)
         self.walk: dict[str, Any] = {
             "normalization": normalization,
             "isolated": isolated,
             "remove_self_loops": remove_self_loops,
             "dtype": dtype,
         }
-        self.use_edge_weight = use_edge_weight
+        self.use_edge_weight, self.to_undirected = use_edge_weight, to_undirected
         self.attr = attr
         self._warned = False
 
@@ -153,8 +169,16 @@ class GeometricScattering(GraphTransform):
     def _walk_and_signals(self, data: Any, nodes: int, batch: Tensor) -> tuple[Tensor, Tensor]:
         edge_index = edges_of(data)
         weight = data.edge_weight if self.use_edge_weight and "edge_weight" in data else None
+        if self.to_undirected:
+            utils = require("torch_geometric.utils", extra="graph", why="to_undirected")
+            edge_index, weight = utils.to_undirected(edge_index, weight, nodes, reduce="max")
         self._warn_of_direction(edge_index, weight, nodes)
-        return lazy_random_walk(edge_index, weight, nodes, **self.walk), self._signals(data, nodes, batch)
+        walk = {key: value for key, value in self.walk.items() if key != "isolated"}
+        edges, shares, nodes = transition(edge_index, weight, nodes, **walk)
+        kinds = {key: self.walk[key] for key in ("normalization", "isolated")}
+        simple = weight is None and self.walk["remove_self_loops"]  # else loops, or edges of weight 0, are still there
+        signals = self._signals(data, edges if simple else edge_index, nodes, batch, simple=simple)
+        return lazy_matrix(edges, shares, nodes, **kinds), signals
 
     def transform_dataset(self, dataset: Iterable[Any], batch_nodes: int = 40_000) -> list[Any]:
         """Return copies of all graphs with their features, many graphs at a time.
@@ -174,17 +198,43 @@ class GeometricScattering(GraphTransform):
             >>> [graph.scattering.shape for graph in GeometricScattering().transform_dataset([edge, edge])]
             [torch.Size([1, 64]), torch.Size([1, 64])]
         """
-        if batch_nodes < 1:
-            raise InvalidArgument(f"batch_nodes={batch_nodes}: at least 1 is needed.")
-        batches = require("torch_geometric.data", extra="graph", why="transform_dataset").Batch
         done: list[Any] = []
-        for graphs in _grouped(dataset, batch_nodes):
-            features = self.features(batches.from_data_list(graphs))
+        for graphs, features in self._groups(dataset, batch_nodes):
             for graph, row in zip(graphs, features, strict=True):
-                copied = graph.clone()
+                copied = copy.copy(graph)  # shares the tensors of the graph, as all transforms of PyG do
                 setattr(copied, self.attr, row[None].clone())
                 done.append(copied)
         return done
+
+    def dataset_features(self, dataset: Iterable[Any], batch_nodes: int = 40_000) -> Tensor:
+        """Return the features `(graphs, F')` of a whole data set, many graphs at a time.
+
+        Args:
+            dataset: the graphs.
+            batch_nodes: how many nodes to treat together.
+
+        Raises:
+            InvalidArgument: as the transform, for `batch_nodes` below 1, and without any graph.
+            BatchFormat: as the transform.
+
+        Example:
+            >>> import torch
+            >>> from torch_geometric.data import Data
+            >>> edge = Data(edge_index=torch.tensor([[0, 1], [1, 0]]), x=torch.ones(2, 1))
+            >>> GeometricScattering().dataset_features([edge, edge, edge]).shape
+            torch.Size([3, 64])
+        """
+        parts = [features for _, features in self._groups(dataset, batch_nodes)]
+        if not parts:
+            raise InvalidArgument("The data set has no graph; at least one is needed.")
+        return torch.cat(parts)
+
+    def _groups(self, dataset: Iterable[Any], batch_nodes: int) -> Iterator[tuple[list[Any], Tensor]]:
+        if batch_nodes < 1:
+            raise InvalidArgument(f"batch_nodes={batch_nodes}: at least 1 is needed.")
+        batches = require("torch_geometric.data", extra="graph", why=type(self).__name__).Batch
+        for graphs in _grouped(dataset, batch_nodes):
+            yield graphs, self.features(batches.from_data_list(graphs))
 
     def feature_names(self, in_channels: int = 1) -> list[str]:
         """Return the names of the features.
@@ -199,15 +249,11 @@ class GeometricScattering(GraphTransform):
         names = [[f"x{i}" for i in range(in_channels)] if s == "x" else [s] for s in self.signals]
         return feature_names([name for part in names for name in part], **self.filters, **self.moments)
 
-    def _signals(self, data: Any, nodes: int, batch: Tensor) -> Tensor:
+    def _signals(self, data: Any, edge_index: Tensor, nodes: int, batch: Tensor, *, simple: bool) -> Tensor:
         dtype = self.walk["dtype"]
-        columns = []
-        for name in self.signals:
-            if name == "x":
-                columns.append(signal_of(data).to(dtype))
-            else:
-                columns.append(SIGNALS[name](edges_of(data), batch, nodes)[:, None].to(dtype))
-        signals = torch.cat(columns, 1)
+        found = structural_signals([s for s in self.signals if s != "x"], edge_index, batch, nodes, simple=simple)
+        columns = [signal_of(data) if name == "x" else found[name][:, None] for name in self.signals]
+        signals = torch.cat([column.to(dtype) for column in columns], 1)
         if not bool(signals.isfinite().all()):
             bad = (~signals.isfinite()).nonzero()[0].tolist()
             raise InvalidArgument(
@@ -222,7 +268,7 @@ class GeometricScattering(GraphTransform):
         self._warned = True
         rank_zero_warn(
             "GeometricScattering: the edges are directed, and the paper's walk is that of undirected ones. Mass flows "
-            "from source to target; apply torch_geometric.transforms.ToUndirected() first if that is not meant.",
+            "from source to target; set to_undirected=True if that is not meant.",
             category=LightningMethodsWarning,
         )
 
@@ -234,7 +280,7 @@ class GeometricScattering(GraphTransform):
 class _Structural(GraphTransform):
     """A transform that adds a structural signal to the node features."""
 
-    name: str
+    signal: Callable[[Tensor, Tensor | None, int | None], Tensor]
 
     def __init__(self, *, cat: bool = True) -> None:
         self.cat = cat
@@ -242,7 +288,7 @@ class _Structural(GraphTransform):
     def forward(self, data: Any) -> Any:
         """Return the graph, or batch of graphs, with the signal in `data.x`."""
         nodes, batch, _ = _nodes_of(data)
-        signal = SIGNALS[self.name](edges_of(data), batch, nodes)[:, None]
+        signal = self.signal(edges_of(data), batch, nodes)[:, None]
         x = data.x if self.cat and data.x is not None else None
         if x is None:
             data.x = signal.to(torch.get_default_dtype())
@@ -256,10 +302,15 @@ class _Structural(GraphTransform):
 class Eccentricity(_Structural):
     """Add the number of edges to the farthest node that can be reached to the node features.
 
-    Parts of a graph that is not connected count by themselves. Batches of many graphs are treated at once.
+    Batches of many graphs are treated at once.
 
     Args:
         cat: whether to append to `data.x`, or to replace it.
+        disconnected: what a graph of several parts gets: each `"component"` by itself, `"zero"` at all nodes, or an
+            `"error"`.
+
+    Raises:
+        InvalidArgument: where asked for, of a graph that is not connected.
 
     Example:
         >>> import torch
@@ -269,7 +320,10 @@ class Eccentricity(_Structural):
         tensor([2., 1., 2.])
     """
 
-    name = "eccentricity"
+    def __init__(self, *, cat: bool = True, disconnected: Disconnected = "component") -> None:
+        super().__init__(cat=cat)
+        check_choice("disconnected", disconnected, ("component", "zero", "error"))
+        self.signal = partial(eccentricity, disconnected=disconnected)
 
 
 class ClusteringCoefficient(_Structural):
@@ -288,7 +342,7 @@ class ClusteringCoefficient(_Structural):
         tensor([1., 1., 1.])
     """
 
-    name = "clustering"
+    signal = staticmethod(clustering_coefficient)
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------
@@ -341,9 +395,12 @@ def _nodes_of(data: Any) -> tuple[int, Tensor, int]:
 
 def _is_symmetric(edge_index: Tensor, weight: Tensor | None, nodes: int) -> bool:
     there, back = edge_index[0] * nodes + edge_index[1], edge_index[1] * nodes + edge_index[0]
+    if weight is None:
+        in_order = bool((there[1:] >= there[:-1]).all())
+        return torch.equal(there if in_order else there.sort().values, back.sort().values)
     first, second = torch.argsort(there, stable=True), torch.argsort(back, stable=True)
     same = torch.equal(there[first], back[second])
-    return same and (weight is None or bool(torch.allclose(weight[first], weight[second])))
+    return same and bool(torch.allclose(weight[first], weight[second]))
 
 
 def _grouped(dataset: Iterable[Any], batch_nodes: int) -> Iterator[list[Any]]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from lightning_methods.core._lightning import Callback, rank_zero_warn
 from lightning_methods.core.batches import targets_of
 from lightning_methods.core.gather import all_sum, world_size
-from lightning_methods.core.layers import match_layers
 from lightning_methods.core.losses import LossHub
 from lightning_methods.core.means import EpochMeans
 from lightning_methods.errors import (
@@ -20,7 +19,6 @@ from lightning_methods.errors import (
     InvalidArgument,
     NoEffect,
     ShapeMismatch,
-    UnsupportedTraining,
     check_choice,
 )
 from lightning_methods.importance_weighting.datasets import class_counts, draw_by_weight, epoch_batches
@@ -31,27 +29,17 @@ from lightning_methods.importance_weighting.functional import (
     class_balanced_weights,
     normalized_weights,
 )
-from lightning_methods.importance_weighting.interception import (
-    GradientInterception,
-    LossInterception,
-    ModuleInterception,
-    loss_modules,
-)
+from lightning_methods.importance_weighting.functions import StandIns
 from lightning_methods.importance_weighting.settings import (
     beta_of,
     check_numbers,
     check_settings,
     checked_class_weights,
+    checked_counts,
 )
+from lightning_methods.importance_weighting.step import WeightedStep
 from lightning_methods.importance_weighting.validation import ValidationRisk
 from lightning_methods.importance_weighting.weights import BatchWeights, raw_sample_weights
-
-Mode = Literal["auto", "function", "module", "gradient", "sampler"]
-
-_REMEDIES = (
-    "Other ways to the same weights: mode='module' (loss modules with a `reduction`), mode='gradient' with head= (the "
-    "layer that gives the logits), mode='sampler' (draws samples by weight)."
-)
 
 
 class ImportanceWeighting(Callback):
@@ -149,11 +137,12 @@ class ImportanceWeighting(Callback):
         self.mode, self.match, self.head, self.select = mode, match, head, select
         self.start_epoch, self.warmup_epochs, self.schedule = start_epoch, warmup_epochs, schedule
         self.weight_validation, self.log_prefix, self.labels = weight_validation, log_prefix, labels
-        self.class_counts = None if class_counts is None else check_weights(class_counts, "class_counts")
+        self.class_counts = checked_counts(class_counts, self.class_weights)
         self.mean_weight = mean_weight
         self.weights = BatchWeights(normalize, match, labels, sample_weights, self._transformed)
         self.figure_paths: list[Path] = []
-        self._functions = LossInterception(self.weights) if mode in ("auto", "function") else None
+        self._step = WeightedStep(self.weights, mode=mode, head=head, select=select, weights_of=self._weights_of_batch)
+        self._stand_ins = StandIns()
         self._module: Any = None
         self._sampling: tuple[Any, Any] | None = None
         self._validation = ValidationRisk(self.weights, change=weight_validation)
@@ -164,6 +153,7 @@ class ImportanceWeighting(Callback):
         """Forget what an earlier fit measured."""
         self._epoch = 0
         self._means = EpochMeans()
+        self._step.reset()
         self._prepared = False
         self._estimated = -1
         #: the latest estimate of `LabelShift`
@@ -176,7 +166,7 @@ class ImportanceWeighting(Callback):
 
     @property
     def state_key(self) -> str:
-        """Let two of them get as far as the error that says why there cannot be two."""
+        """Let two of them get as far as the error that says why there cannot be two; of two alike the Trainer tells."""
         return self._generate_state_key(weights=self._given, log_prefix=self.log_prefix)
 
     # -- life in the trainer -----------------------------------------------------------------------------------------
@@ -195,16 +185,11 @@ class ImportanceWeighting(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the interception in place."""
         self.release()
-        if self.mode == "gradient":
-            match_layers(pl_module, self.head or "")
-        if self.mode == "module" and not self._loss_modules(pl_module):
-            raise UnsupportedTraining(
-                f"mode='module' found no loss module with match={self.match!r} in {type(pl_module).__name__}: a "
-                f"submodule called ...Loss, with `reduction`, is needed."
-            )
+        self._step.check(pl_module)
         self._module = pl_module
+        self._stand_ins.put_in_place()
         if self.mode != "sampler":
-            LossHub.wrap(pl_module, self)
+            LossHub.wrap(pl_module, self._step)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the weights, which may need the training data, and replace the sampler if it is to draw by weight."""
@@ -222,23 +207,41 @@ class ImportanceWeighting(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Close an epoch that was saved at its last batch: after resuming, Lightning calls none of its hooks again."""
         if self._epoch != trainer.current_epoch:
-            self._means.close()
+            self._closed_means()
             self._estimate(trainer, pl_module, self._epoch)
         self._epoch = trainer.current_epoch
-        self.weights.strength = self._strength(self._epoch)
+        strength = self._strength(self._epoch)
+        if strength != self.weights.strength:
+            self.weights.set_strength(strength)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the epoch, and estimate the weights anew if that is due."""
         self._epoch = trainer.current_epoch
-        means = self._means.close()
+        means = self._closed_means()
+        self._refuse_nothing(means)
         if self.mode == "sampler":
             means["hits"] = 0.0
         for key, value in {**means, "strength": self._strength(self._epoch)}.items():
             pl_module.log(f"{self.log_prefix}/{key}", value, sync_dist=world_size() > 1)
         self._estimate(trainer, pl_module, self._epoch)
 
+    def _refuse_nothing(self, means: dict[str, float]) -> None:
+        """Refuse to go on after an epoch whose samples all had weight 0."""
+        if self.weights.sample_weighted and means:
+            if not float(all_sum(self.weights.total.to(torch.float64))) > 0:
+                raise InvalidArgument(
+                    f"The weights of all samples of epoch {self._epoch} are 0: nothing was trained. Look at what "
+                    f"sample_weights={self.weights.selector!r} gives."
+                )
+            self.weights.total = torch.zeros(())
+
+    def _closed_means(self) -> dict[str, float]:
+        self._step.count_into(self._means)
+        return self._means.close()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the weights, the running epoch and its sums."""
+        self._step.count_into(self._means)
         return {
             "epoch": self._epoch,
             "means": self._means.state_dict(),
@@ -247,6 +250,7 @@ class ImportanceWeighting(Callback):
             "mean_weight": self.weights.mean_weight,
             "estimated": self._estimated,
             "seen": list(self.weights.seen),
+            "total": float(self.weights.total),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -256,6 +260,7 @@ class ImportanceWeighting(Callback):
         self._means.load_state_dict(state_dict["means"])
         self.weights.set_table(state_dict["table"], self._strength(self._epoch))
         self.weights.mean_weight, self.weights.seen = state_dict["mean_weight"], list(state_dict["seen"])
+        self.weights.total = torch.tensor(state_dict["total"])
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the module as it was."""
@@ -272,9 +277,10 @@ class ImportanceWeighting(Callback):
     def release(self) -> None:
         """Take everything out of module and loader; harmless when called twice."""
         self._validation.leave()
-        self.weights.end()
+        self._step.leave()
+        self._stand_ins.put_back()
         if self._module is not None:
-            LossHub.leave(self._module, self)
+            LossHub.leave(self._module, self._step)
             self._module = None
         if self._sampling is not None:
             batch_sampler, sampler = self._sampling
@@ -331,18 +337,27 @@ class ImportanceWeighting(Callback):
             raise InvalidArgument("The sample weights of the training data are all 0: nothing would be trained.")
         return total / number
 
+    def _weights_of_batch(self, batch: Any) -> tuple[Tensor, Tensor]:
+        labels: Any = targets_of(batch, self.labels)
+        w = self.weights_of(batch, labels)
+        self.weights.total = self.weights.total.to(w.device) + w.sum()
+        whole = len(self.weights.table) or not labels.is_floating_point()
+        return w, labels >= 0 if whole and labels.shape == w.shape else torch.ones_like(w, dtype=torch.bool)
+
     def weights_of(self, batch: Any, labels: Tensor) -> Tensor:
         """Return the weight that acts on each sample of a batch now, `(B,)` in float64.
 
         Args:
             batch: as the loader gave it.
-            labels: `(B,)` the classes of its samples; those below 0 are ignored ones.
+            labels: `(B,)` the classes of its samples; those below 0 are ignored ones. With weights by sample alone
+                `(B, ...)` of any kind.
 
         Raises:
             BatchFormat: if there is not one target a sample, or the batch holds no weights.
             InvalidArgument: for a label without a weight.
+            ShapeMismatch: if there is not one weight for each sample.
         """
-        if not isinstance(labels, Tensor) or labels.ndim != 1:
+        if not isinstance(labels, Tensor) or labels.ndim < 1 or (len(self.weights.table) and labels.ndim > 1):
             raise BatchFormat("One target a sample is needed, (B,); say where it is in a batch with labels=.")
         w = torch.ones(len(labels), dtype=torch.float64, device=labels.device)
         s = self.weights.strength
@@ -350,93 +365,16 @@ class ImportanceWeighting(Callback):
             w = 1 + s * (self.weights.by_label(labels) - 1)
         if self.weights.sample_weighted:
             own = self._transformed(raw_sample_weights(batch, self.weights.selector)) / self.weights.mean_weight
+            if own.shape != w.shape:
+                raise ShapeMismatch(
+                    f"There are weights of shape {tuple(own.shape)} for {len(w)} samples; one for each."
+                )
             w = w * (1 + s * (own.to(w.device) - 1))
         return w
 
-    # -- the step ----------------------------------------------------------------------------------------------------
-
-    def _loss_modules(self, module: Any) -> list[Any]:
-        found = loss_modules(module, all_of_them=self.mode == "module")
-        if self.mode == "module" and self.match not in ("auto", "all", "first"):
-            found = {k: m for k, m in found.items() if self.match in (k, type(m).__name__)}
-        return list(dict.fromkeys(found.values()))
-
-    def run_step(self, module: Any, batch: Any, batch_idx: int, step: Callable[[], Any]) -> Any:
-        """Run the user's step with its losses weighted."""
-        trainer, weights = module.trainer, self.weights
-        weights.begin(batch, first=batch_idx == 0)
-        windows = module.automatic_optimization and trainer.accumulate_grad_batches > 1
-        weights.deferred = self.normalize == "batch" and windows
-        try:
-            output = self._weighted_step(module, batch, step)
-            self._check_step(module, output)
-            self._means.add({"hits": float(weights.hits)}, weight=1)
-        finally:
-            weights.end()
-        return output
-
-    def _weighted_step(self, module: Any, batch: Any, step: Callable[[], Any]) -> Any:
-        if self.mode == "gradient":
-            ((_, layer),) = match_layers(module, self.head or "").items()
-            hook = GradientInterception(layer, lambda: self._gradient_weights(batch), self.select)
-            try:
-                return step()
-            finally:
-                self.weights.hits = hook.calls
-                hook.remove()
-        hooks: list[ModuleInterception] = []
-        if self.mode != "function":
-            hooks = [ModuleInterception(m, self.weights, self._functions) for m in self._loss_modules(module)]
-        try:
-            if self._functions is None:
-                return step()
-            with self._functions:
-                return step()
-        finally:
-            for hooked in hooks:
-                hooked.remove()
-
-    def _gradient_weights(self, batch: Any) -> Tensor:
-        """Return the factor of each row's gradient."""
-        sizes: Any = targets_of(batch, self.labels)
-        w = self.weights_of(batch, sizes)
-        if self.normalize == "batch":
-            both = all_sum(torch.stack([torch.tensor(float(len(w)), dtype=w.dtype, device=w.device), w.sum()]))
-            if float(both[0]) == 1:
-                raise InvalidArgument("normalize='batch' with a batch of one sample: its weight cancels. Use 'mean1'.")
-            w = w * both[0] / both[1].clamp(min=1e-300)
-        return w
-
-    def _check_step(self, module: Any, output: Any) -> None:
-        """Refuse a step in which nothing was weighted: silence would look like weights that do nothing."""
-        weights = self.weights
-        loss = output.get("loss") if isinstance(output, dict) else output
-        trains = isinstance(loss, Tensor) and loss.requires_grad
-        if not weights.hits and (trains or not module.automatic_optimization):
-            called = f"It calls {', '.join(weights.called)}. " if weights.called else ""
-            what = f"the head {self.head!r} did not run" if self.mode == "gradient" else "no loss could be weighted"
-            raise InvalidArgument(
-                f"{what.capitalize()} in {type(module).__name__}.training_step (mode={self.mode!r}, "
-                f"match={self.match!r}). {called}{_REMEDIES} If the whole module is compiled, compile its inner "
-                f"network."
-            )
-        hub = vars(module).get("training_step")
-        if weights.deferred and (loss is not weights.result or getattr(hub, "participants", [])):
-            raise UnsupportedTraining(
-                "normalize='batch' over accumulated batches divides the gradient in the end, which is exact only if "
-                "the weighted loss is all that training_step returns. Use normalize='mean1', or do not accumulate."
-            )
-
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Divide by the weights of all accumulated batches, which are known only now."""
-        number, total = self.weights.seen
-        if not self.weights.deferred or number == 0:
-            return
-        if number == 1:
-            raise InvalidArgument("normalize='batch' with a batch of one sample: its weight cancels. Use 'mean1'.")
-        self.weights.seen = [0.0, 0.0]
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, number / total if total > 0 else 0.0)
+        self._step.close_window(optimizer)
 
     # -- validation --------------------------------------------------------------------------------------------------
 
@@ -450,7 +388,7 @@ class ImportanceWeighting(Callback):
         """Catch the losses of the validation step: to measure the weighted risk, or to weight them if asked to."""
         ready = self._module is not None and self._prepared and not trainer.sanity_checking
         if ready and self._can_measure(batch):
-            self._validation.enter(batch, self._loss_modules(pl_module))
+            self._validation.enter(batch, self._step.loss_modules(pl_module), self._step.module_match)
 
     def _can_measure(self, batch: Any) -> bool:
         if not self.weights.sample_weighted or self.weight_validation:

@@ -14,6 +14,8 @@ from lightning_methods.core.passes import batches
 from lightning_methods.errors import BatchFormat, InvalidArgument, UnsupportedTraining
 from lightning_methods.importance_weighting.sampler import DistributedWeightedSampler
 
+_IGNORED = -100  # the label that the losses of torch leave out if they are not told otherwise
+
 
 def dataset_labels(dataset: Any) -> Tensor | None:
     """Return the class of every item without reading the items, or `None` where the dataset does not tell.
@@ -71,6 +73,7 @@ def class_counts(trainer: Any, pl_module: Any, labels: Selector) -> Tensor:
     loader = train_loader(trainer, "counting the classes")
     found = dataset_labels(getattr(loader, "dataset", None)) if labels is None else None
     if found is not None:
+        found = found[found != _IGNORED]
         _check(found)
         return torch.bincount(found).double()
     counts = torch.zeros(0, dtype=torch.float64)
@@ -78,12 +81,17 @@ def class_counts(trainer: Any, pl_module: Any, labels: Selector) -> Tensor:
         targets = targets_of(batch, labels)
         if not isinstance(targets, Tensor) or targets.is_floating_point():
             raise BatchFormat("The targets of a batch are no whole numbers; give class_counts=, or the weights.")
+        targets = targets[targets != _IGNORED]
+        if not targets.numel():
+            continue
         _check(targets)
         own = torch.bincount(targets.flatten().cpu()).double()
         size = max(len(own), len(counts))
         counts = torch.nn.functional.pad(counts, (0, size - len(counts)))
         counts = counts + torch.nn.functional.pad(own, (0, size - len(own)))
     size = int(_largest(len(counts), pl_module.device))
+    if not size:
+        _check(counts)
     return all_sum(torch.nn.functional.pad(counts, (0, size - len(counts))).to(pl_module.device)).cpu()
 
 

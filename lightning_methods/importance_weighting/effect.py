@@ -85,6 +85,8 @@ class Reader:
         if not logits:
             raise BatchFormat("The monitored data gave no batch.")
         z, y, w = (gather_rows(torch.cat(parts)) for parts in (logits, labels, used))
+        if not len(y):
+            raise BatchFormat("The monitored data hold no label of at least 0: there is nothing to measure.")
         return Samples(z, y, w, cosine, None if like is None else partial(_noise, like, all_sum(sums).tolist()))
 
     def predictions(self, trainer: Any, module: Any, loader: Any, other: Any = None) -> list[Tensor]:

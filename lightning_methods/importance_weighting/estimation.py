@@ -22,7 +22,7 @@ from lightning_methods.errors import (
     UnsupportedTraining,
     check_choice,
 )
-from lightning_methods.importance_weighting.functional import two_logits
+from lightning_methods.importance_weighting.functional import check_number, check_whole, two_logits
 from lightning_methods.importance_weighting.shift import bbse, calibrate, condition_number, em_prior_shift, rlls
 from lightning_methods.report import heatmap, log_figure, log_table
 
@@ -102,12 +102,11 @@ class LabelShift:
             ("start_epoch", start_epoch, 1),
             ("every_n_epochs", every_n_epochs, 1),
         ):
-            if number < least:
-                raise InvalidArgument(f"{name}={number}: at least {least} is needed.")
-        if not 0 < confidence < 1:
-            raise InvalidArgument(f"confidence={confidence}: a number between 0 and 1 is needed.")
-        if delta is not None and not delta >= 0:
-            raise InvalidArgument(f"delta={delta}: at least 0 is needed.")
+            check_whole(name, number, least)
+        check_number("confidence", confidence, 0, 1, open_="low high")
+        if delta is not None:
+            check_number("delta", delta, 0)
+        check_whole("seed", seed, 0)
         self.method, self.target, self.source = method, target, source
         self.soft, self.calibrated, self.delta = soft, calibrated, delta
         self.bootstrap, self.confidence, self.seed = bootstrap, confidence, seed
@@ -123,7 +122,8 @@ class LabelShift:
 
         Raises:
             ShapeMismatch: if they do not fit together.
-            InvalidArgument: if there are no samples, a class is absent from the source, or the matrix is singular.
+            InvalidArgument: if there are no samples, logits are not finite, a class is absent from the source, or the
+                matrix is singular.
         """
         zs, zt = two_logits(source_logits).cpu(), two_logits(target_logits).cpu()
         y, classes = source_labels.detach().cpu().long(), zs.shape[1]
@@ -131,7 +131,10 @@ class LabelShift:
             raise ShapeMismatch(
                 f"source {tuple(zs.shape)}, labels {tuple(y.shape)}, target {tuple(zt.shape)}: (N, C), (N,), (M, C)."
             )
-        if not len(zt) or not len(y) or not 0 <= int(y.min()) <= int(y.max()) < classes:
+        if not bool(torch.isfinite(zs).all() and torch.isfinite(zt).all()):
+            raise InvalidArgument("The logits are not all finite: nothing can be estimated from them.")
+        whole = not source_labels.is_floating_point()
+        if not whole or not len(zt) or not len(y) or not 0 <= int(y.min()) <= int(y.max()) < classes:
             raise InvalidArgument(f"Samples of source and target, and labels from 0 to {classes - 1}, are needed.")
         absent = [c for c, n in enumerate(torch.bincount(y, minlength=classes).tolist()) if not n]
         if absent:

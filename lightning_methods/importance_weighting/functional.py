@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ def check_weights(weights: Tensor | Sequence[float], what: str = "The weights") 
     try:
         # a list at once as float64: by itself it would become float32
         w = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=torch.float64)
+        if w.is_complex():
+            raise TypeError("complex numbers have no order")
         w = w.detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidArgument(f"{what} are {weights!r:.80}; numbers are needed: {error}") from error
@@ -40,6 +44,49 @@ def check_weights(weights: Tensor | Sequence[float], what: str = "The weights") 
     if not w.any():
         raise InvalidArgument(f"{what} are all 0: nothing would be trained. At least one must be positive.")
     return w
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise `InvalidArgument` unless a setting is a whole number of at least `least`.
+
+    Example:
+        >>> check_whole("epochs", 3, 1)
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise InvalidArgument(f"{name}={value!r}: a whole number of at least {least} is needed.")
+
+
+def check_number(name: str, value: object, low: float, high: float = math.inf, *, open_: str = "") -> None:
+    """Raise `InvalidArgument` unless a setting is a finite number in a range, without the ends named in `open_`.
+
+    Example:
+        >>> check_number("beta", 0.5, 0, 1, open_="high")
+    """
+    fits = not isinstance(value, bool) and isinstance(value, Real) and low <= float(value) <= high
+    x = float(value) if fits else math.nan  # type: ignore[arg-type]
+    if not fits or abs(x) == math.inf or (x == low and "low" in open_) or (x == high and "high" in open_):
+        least = f"above {low:g}" if "low" in open_ else f"from {low:g}"
+        most = "" if high == math.inf else f" to {'below ' if 'high' in open_ else ''}{high:g}"
+        raise InvalidArgument(f"{name}={value!r}: a finite number {least}{most} is needed.")
+
+
+def check_pair(name: str, value: object) -> None:
+    """Raise `InvalidArgument` unless a setting is a pair of numbers `0 <= low < high`, high possibly infinite.
+
+    Example:
+        >>> check_pair("clip", (0.1, 10.0))
+    """
+    pair = list(value) if isinstance(value, (tuple, list)) else []
+    if len(pair) != 2 or not all(isinstance(x, Real) for x in pair) or not 0 <= pair[0] < pair[1]:
+        raise InvalidArgument(f"{name}={value!r}: a pair 0 <= low < high is needed.")
+
+
+def class_numbers(counts: Tensor | Sequence[float], what: str) -> Tensor:
+    """Return what `check_weights` does, one for each class."""
+    n = check_weights(counts, what)
+    if n.ndim != 1:
+        raise ShapeMismatch(f"{what} have the shape {tuple(n.shape)}; one number for each class, (C,), is needed.")
+    return n
 
 
 def effective_sample_size(weights: Tensor | Sequence[float]) -> float:
@@ -82,7 +129,7 @@ def balanced_weights(counts: Tensor | Sequence[int]) -> Tensor:
         >>> balanced_weights([30, 10])
         tensor([0.6667, 2.0000], dtype=torch.float64)
     """
-    n = check_weights(counts, "The class counts")
+    n = class_numbers(counts, "The class counts")
     present = n > 0
     return torch.where(present, n.sum() / (present.sum() * n.clamp(min=1e-300)), 0.0)
 
@@ -109,16 +156,15 @@ def class_balanced_weights(counts: Tensor | Sequence[int], beta: float = 0.999) 
         >>> class_balanced_weights([1000, 10], beta=0.99)
         tensor([0.1746, 1.8254], dtype=torch.float64)
     """
-    if not 0 <= beta < 1:
-        raise InvalidArgument(f"beta={beta!r}: a number from 0 to below 1 is needed, such as 0.999.")
-    n = check_weights(counts, "The class counts")
+    check_number("beta", beta, 0, 1, open_="high")
+    n = class_numbers(counts, "The class counts")
     present = n > 0
     effective = -torch.expm1(n * torch.log(torch.tensor(beta, dtype=torch.float64))) if beta else torch.ones_like(n)
     weights = torch.where(present, (1 - beta) / effective.clamp(min=1e-300), 0.0)
     return weights * present.sum() / weights.sum()
 
 
-def normalized_weights(weights: Tensor, counts: Tensor | Sequence[int] | None = None) -> Tensor:
+def normalized_weights(weights: Tensor | Sequence[float], counts: Tensor | Sequence[int] | None = None) -> Tensor:
     """Return weights divided by their mean, over the samples where `counts` of each class are given.
 
     Shapes:
@@ -126,22 +172,23 @@ def normalized_weights(weights: Tensor, counts: Tensor | Sequence[int] | None = 
 
     Raises:
         ShapeMismatch: if there is not one count for each weight.
-        InvalidArgument: if the mean is 0.
+        InvalidArgument: for weights or counts that are negative, not finite or all 0, or if the mean is 0.
 
     Example:
         >>> normalized_weights(torch.tensor([1.0, 2.0, 4.0, 1.0]))
         tensor([0.5000, 1.0000, 2.0000, 0.5000])
     """
+    w = class_numbers(weights, "The class weights")
     if counts is None:
-        mean = weights.mean()
+        mean = w.mean()
     else:
-        n = check_weights(counts, "The class counts").to(weights)
-        if n.shape != weights.shape:
-            raise ShapeMismatch(f"There are {len(weights)} class weights and counts of {len(n)} classes.")
-        mean = (weights * n).sum() / n.sum()
+        n = class_numbers(counts, "The class counts")
+        if n.shape != w.shape:
+            raise ShapeMismatch(f"There are {len(w)} class weights and counts of {len(n)} classes.")
+        mean = (w * n).sum() / n.sum()
     if not mean > 0:
         raise InvalidArgument("The classes that have samples all have weight 0: nothing would be trained.")
-    return weights / mean
+    return (w / mean).to(weights) if isinstance(weights, Tensor) and weights.is_floating_point() else w / mean
 
 
 # -- what the weights still do -----------------------------------------------------------------------------------------
@@ -157,7 +204,7 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 
     Raises:
         ShapeMismatch: if there is not one label for each row of logits.
-        InvalidArgument: for labels that are no classes of the logits.
+        InvalidArgument: for labels that are no classes of the logits, and for logits that are not finite.
 
     Example:
         >>> margins(torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([0]))
@@ -168,6 +215,8 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
         raise ShapeMismatch(f"logits of shape {tuple(logits.shape)} and labels of {tuple(y.shape)}: one label a row.")
     if y.is_floating_point() or (y.numel() and not 0 <= int(y.min()) <= int(y.max()) < z.shape[1]):
         raise InvalidArgument(f"The labels are {y.dtype}; whole numbers from 0 to {z.shape[1] - 1} are needed.")
+    if not bool(torch.isfinite(z).all()):
+        raise InvalidArgument("The logits are not all finite numbers: a margin of them means nothing.")
     own = z.gather(1, y.long()[:, None])
     others = z.scatter(1, y.long()[:, None], -torch.inf)
     return (own - others.max(1, keepdim=True).values)[:, 0]
@@ -202,11 +251,23 @@ def gradient_share(probability: Tensor, weights: Tensor, labels: Tensor, classes
     Shapes:
         probability of the true class `(N,)`, weights `(N,)`, labels `(N,)` -> two `(classes,)`.
 
+    Raises:
+        ShapeMismatch: if they are not of one length.
+        InvalidArgument: for numbers that are no probabilities or weights, or labels that are no classes.
+
     Example:
         >>> p, w = torch.tensor([0.5, 0.9]), torch.tensor([1.0, 3.0])
         >>> gradient_share(p, w, torch.tensor([0, 1]), 2)
         (tensor([0.5000, 0.3000]), tensor([1., 3.]))
     """
+    if probability.ndim != 1 or weights.shape != probability.shape or labels.shape != probability.shape:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (probability, weights, labels))
+        raise ShapeMismatch(f"probability, weights and labels are {shapes}; three times (N,) is needed.")
+    # also false for NaN
+    if not bool(((probability >= 0) & (probability <= 1) & (weights >= 0) & torch.isfinite(weights)).all()):
+        raise InvalidArgument("Probabilities from 0 to 1, and finite weights of at least 0, are needed.")
+    if labels.is_floating_point() or (len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes):
+        raise InvalidArgument(f"The labels are {labels.dtype}; whole numbers from 0 to {classes - 1} are needed.")
     zeros = torch.zeros(classes, dtype=weights.dtype, device=weights.device)
     wrong = weights * (1 - probability.to(weights))
     return zeros.index_add(0, labels, wrong), zeros.index_add(0, labels, weights)
@@ -228,11 +289,19 @@ def boundary_shift(weights: Tensor, margin: Tensor) -> float:
     Shapes:
         weights `(N,)` (samples of weight 0 are left out), margin `(N,)` -> a number from 0 to 1.
 
+    Raises:
+        ShapeMismatch: if there is not one margin for each weight.
+        InvalidArgument: for weights that are negative, and numbers that are not finite.
+
     Example:
         >>> w, m = torch.tensor([1.0, 16.0]), torch.tensor([10.0, 10.0])
         >>> round(boundary_shift(w, m), 4)
         0.1386
     """
+    if weights.shape != margin.shape:
+        raise ShapeMismatch(f"weights {tuple(weights.shape)} and margin {tuple(margin.shape)}: twice (N,) is needed.")
+    if not bool((torch.isfinite(margin) & torch.isfinite(weights) & (weights >= 0)).all()):
+        raise InvalidArgument("Finite margins, and finite weights of at least 0, are needed.")
     counted = weights > 0
     if not counted.any():
         return 0.0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_methods.errors import InvalidArgument, ShapeMismatch, check_choice
-from lightning_methods.importance_weighting.functional import check_weights
+from lightning_methods.importance_weighting.functional import check_number, check_weights
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -85,8 +85,7 @@ def _margin(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _check(alpha: float, left: str, reduction: str) -> None:
-    if not 0 < alpha < math.inf:
-        raise InvalidArgument(f"alpha={alpha!r}: a positive number is needed, 1 or 2 in the paper.")
+    check_number("alpha", alpha, 0, open_="low")
     check_choice("left", left, ("logistic", "linear"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
 
@@ -169,11 +168,9 @@ class VSLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        if not (0 <= gamma < math.inf and abs(tau) < math.inf and 0 <= label_smoothing <= 1):
-            raise InvalidArgument(
-                f"gamma={gamma}, tau={tau}, label_smoothing={label_smoothing}: finite numbers, at least 0 and from 0 "
-                f"to 1 for the first and the last, are needed."
-            )
+        check_number("gamma", gamma, 0)
+        check_number("tau", tau, -math.inf)
+        check_number("label_smoothing", label_smoothing, 0, 1)
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         n = _counts(class_counts)
         self.gamma, self.tau = gamma, tau
@@ -188,13 +185,7 @@ class VSLoss(nn.Module):
         z = logits if logits.dtype == torch.float64 else logits.float()
         shape = _class_shape(z, len(self.scale))
         z = self.scale.to(z.dtype).view(shape) * z + self.shift.to(z.dtype).view(shape)
-        return F.cross_entropy(
-            z,
-            target,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-        )
+        return _cross_entropy(z, target, self.ignore_index, self.reduction, self.label_smoothing)
 
 
 class LogitAdjustedLoss(VSLoss):
@@ -280,8 +271,8 @@ class LDAMLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        if not (0 <= max_margin < math.inf and 0 < scale < math.inf):
-            raise InvalidArgument(f"max_margin={max_margin}, scale={scale}: at least 0, and a positive number.")
+        check_number("max_margin", max_margin, 0)
+        check_number("scale", scale, 0, open_="low")
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         n = _counts(class_counts)
         self.max_margin, self.scale, self.ignore_index = max_margin, scale, ignore_index
@@ -296,7 +287,7 @@ class LDAMLoss(nn.Module):
             raise ShapeMismatch(f"target {target.dtype} {tuple(target.shape)}: one class for each sample is needed.")
         own = torch.zeros_like(z).scatter(1, target.clamp(0, z.shape[1] - 1).long().unsqueeze(1), 1.0)
         z = z - own * self.margin.to(z.dtype).view(_class_shape(z, len(self.margin)))
-        return F.cross_entropy(self.scale * z, target, ignore_index=self.ignore_index, reduction=self.reduction)
+        return _cross_entropy(self.scale * z, target, self.ignore_index, self.reduction, 0.0)
 
 
 def _counts(class_counts: Sequence[int]) -> Tensor:
@@ -304,6 +295,23 @@ def _counts(class_counts: Sequence[int]) -> Tensor:
     if n.ndim != 1 or len(n) < 2 or not (n > 0).all():
         raise InvalidArgument(f"class_counts={class_counts!r:.80}: a positive number for each of at least 2 classes.")
     return n
+
+
+def _cross_entropy(z: Tensor, target: Tensor, ignore_index: int, reduction: Reduction, smoothing: float) -> Tensor:
+    """Return the cross-entropy, with our own words for targets that do not fit."""
+    if target.shape != (z.shape if target.is_floating_point() else (z.shape[0], *z.shape[2:])):
+        raise ShapeMismatch(
+            f"logits {tuple(z.shape)} and target {target.dtype} {tuple(target.shape)}: one class, or probabilities of "
+            f"all classes, for each sample are needed."
+        )
+    try:
+        return F.cross_entropy(z, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing)
+    except IndexError as error:  # only now, since to look at the labels first would wait for a device
+        known = target[target != ignore_index]
+        raise InvalidArgument(
+            f"The labels run from {int(known.min())} to {int(known.max())}; class_counts names the classes 0 to "
+            f"{z.shape[1] - 1}."
+        ) from error
 
 
 def _class_shape(z: Tensor, classes: int) -> list[int]:

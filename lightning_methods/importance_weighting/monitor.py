@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from lightning_methods.core._lightning import Callback, rank_zero_warn
-from lightning_methods.errors import InvalidArgument, NoEffect, NotFinite, UnsupportedTraining
+from lightning_methods.errors import InvalidArgument, NoEffect, NotFinite, ShapeMismatch, UnsupportedTraining
 from lightning_methods.importance_weighting.callback import ImportanceWeighting
 from lightning_methods.importance_weighting.effect import Reader, Samples, fractions, measured, shown_classes
-from lightning_methods.importance_weighting.functional import check_weights, two_logits
+from lightning_methods.importance_weighting.functional import check_number, check_whole, class_numbers, two_logits
 from lightning_methods.importance_weighting.twin import Twin, has_terms
 from lightning_methods.report import curves, histograms, is_reporting, log_figure, log_table, log_text
 
 REMEDIES = (
     "What helps: stop early on the weighted validation risk (EarlyStopping('importance_weighting/val_risk')); weight "
     "decay, enough of it (1e-2 kept most of the effect in our measurements, 1e-3 little). What is made for it: "
-    "LogitAdjustedLoss or VSLoss for imbalanced classes; PolyTailLoss with exponent=1.5 to 3 (without an "
-    "exponent it kept little in ours). Fewer samples of the large classes is another way to the same end."
+    "LogitAdjustedLoss or VSLoss for imbalanced classes; PolyTailLoss, whose authors take exponent=1.5 to 3 (it kept "
+    "little in ours where the training data were fitted). Fewer samples of the large classes is another way to the "
+    "same end."
 )
 
 
@@ -102,11 +103,10 @@ class WeightEffectMonitor(Callback):
             ("max_samples", max_samples),
             ("figures_every_n_epochs", figures_every_n_epochs),
         ):
-            if number is not None and number < 1:
-                raise InvalidArgument(f"{name}={number}: at least 1 is needed.")
-        if not 0 <= warn_below < 1:
-            raise InvalidArgument(f"warn_below={warn_below}: a number from 0 to below 1 is needed.")
-        self.class_weights = None if class_weights is None else check_weights(class_weights, "class_weights")
+            if number is not None:
+                check_whole(name, number, 1)
+        check_number("warn_below", warn_below, 0, 1, open_="high")
+        self.class_weights = None if class_weights is None else class_numbers(class_weights, "class_weights")
         self.data, self.in_domain, self.out_of_domain, self.noise = data, in_domain, out_of_domain, noise
         self.twin, self.warn_below, self.patience = twin, warn_below, patience
         self.every_n_epochs, self.figures_every_n_epochs = every_n_epochs, figures_every_n_epochs
@@ -250,7 +250,7 @@ class WeightEffectMonitor(Callback):
             raise InvalidArgument(
                 f"The batch holds the label {int(labels.max())}, and class_weights has {len(self.class_weights)}."
             )
-        return self.class_weights.to(labels.device)[labels]
+        return self.class_weights.to(labels.device)[labels.clamp(min=0)]  # ignored ones are left out later
 
     def _measure(self, trainer: Any, pl_module: Any, epoch: int) -> None:
         """Measure as of the end of an epoch, if that is due and was not done."""
@@ -271,6 +271,12 @@ class WeightEffectMonitor(Callback):
                     category=NotFinite,
                 )
             return
+        classes = two_logits(samples.logits[:1]).shape[1]
+        if self.class_weights is not None and len(self.class_weights) != classes:
+            raise ShapeMismatch(
+                f"class_weights has {len(self.class_weights)} numbers and the module gives {classes} logits. One for "
+                f"each class is needed."
+            )
         norm = math.sqrt(sum(float(p.detach().double().square().sum()) for p in pl_module.parameters()))
         found, self.classes = measured(samples, norm)
         self._weights = samples.weights.double().sort().values  # in an order that no number of ranks changes

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from lightning_methods.core.gather import rank as own_rank
 from lightning_methods.core.gather import world_size
 from lightning_methods.errors import InvalidArgument
-from lightning_methods.importance_weighting.functional import check_weights
+from lightning_methods.importance_weighting.functional import check_weights, check_whole
 
 
 class DistributedWeightedSampler(DistributedSampler):
@@ -65,12 +65,13 @@ class DistributedWeightedSampler(DistributedSampler):
                 f"The weights have the shape {tuple(self.weights.shape)}; one for each item is needed."
             )
         self.total = len(self.weights) if num_samples is None else num_samples
+        check_whole("num_samples", self.total, 1)
+        check_whole("seed", seed, 0)
         drawable = int((self.weights > 0).sum())
-        if self.total < 1 or (not replacement and self.total > drawable):
+        if not replacement and self.total > drawable:
             raise InvalidArgument(
-                f"num_samples={self.total}: at least 1 is needed, and without replacement at most {drawable}, as "
-                f"many as "
-                f"have a positive weight."
+                f"num_samples={self.total}: without replacement at most {drawable} are there to draw, as many as have "
+                f"a positive weight."
             )
         if (num_replicas is None) != (rank is None) or (rank is not None and not 0 <= rank < (num_replicas or 0)):
             raise InvalidArgument(f"num_replicas={num_replicas}, rank={rank}: both, with 0 <= rank < num_replicas.")
@@ -133,6 +134,7 @@ class DistributedWeightedSampler(DistributedSampler):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the draw; the same epoch gives the same indices."""
+        check_whole("epoch", epoch, 0)
         if epoch != self.epoch:
             self.start = 0
         self.epoch = epoch
@@ -142,7 +144,13 @@ class DistributedWeightedSampler(DistributedSampler):
         return {"epoch": self.epoch, "position": self._taken}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned: the next iteration goes on there."""
+        """Take up what `state_dict` returned: the next iteration goes on there.
+
+        Raises:
+            InvalidArgument: for the state of something else.
+        """
+        if not {"epoch", "position"} <= state_dict.keys():
+            raise InvalidArgument(f"The state has {sorted(state_dict)}; 'epoch' and 'position' are needed.")
         self.epoch = state_dict["epoch"]
         self.start = state_dict["position"] % max(len(self), 1)
 

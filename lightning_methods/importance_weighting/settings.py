@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_methods.errors import InvalidArgument, check_choice
+from torch import Tensor
+
+from lightning_methods.errors import InvalidArgument, ShapeMismatch, check_choice
 from lightning_methods.importance_weighting.estimation import LabelShift
-from lightning_methods.importance_weighting.functional import check_weights
+from lightning_methods.importance_weighting.functional import (
+    check_number,
+    check_pair,
+    check_weights,
+    check_whole,
+    class_numbers,
+)
 
 
 def checked_class_weights(class_weights: Any) -> Any:
@@ -56,15 +64,29 @@ def check_settings(mode: str, head: Any, sample_weights: Any, normalize: str, cl
         raise InvalidArgument("mode='sampler' weights no batch, so that normalize='batch' has no meaning there.")
 
 
+def checked_counts(class_counts: Any, class_weights: Any) -> Tensor | None:
+    """Return the class counts, as many as there are class weights where those are numbers."""
+    if class_counts is None:
+        return None
+    counts = class_numbers(class_counts, "class_counts")
+    if isinstance(class_weights, Tensor) and counts.shape != class_weights.shape:
+        raise ShapeMismatch(
+            f"There are {len(class_weights)} class weights and class_counts of {len(counts)} classes. One for each "
+            f"class is needed of both."
+        )
+    return counts
+
+
 def check_numbers(exponent: Any, clip: Any, mean_weight: Any, start: int, warmup: int, schedule: Any) -> None:
     """Refuse numbers outside of their range."""
-    if not 0 <= exponent < float("inf"):
-        raise InvalidArgument(f"exponent={exponent!r}: a finite number of at least 0 is needed.")
-    if clip is not None and (len(clip) != 2 or not 0 <= clip[0] < clip[1]):
-        raise InvalidArgument(f"clip={clip!r}: a pair 0 <= low < high is needed.")
-    if mean_weight is not None and not 0 < mean_weight < float("inf"):
-        raise InvalidArgument(f"mean_weight={mean_weight!r}: a positive number is needed.")
-    if start < 0 or warmup < 0:
-        raise InvalidArgument(f"start_epoch={start}, warmup_epochs={warmup}: at least 0 is needed.")
+    check_number("exponent", exponent, 0)
+    if clip is not None:
+        check_pair("clip", clip)
+    if mean_weight is not None:
+        check_number("mean_weight", mean_weight, 0, open_="low")
+    check_whole("start_epoch", start, 0)
+    check_whole("warmup_epochs", warmup, 0)
+    if schedule is not None and not callable(schedule):
+        raise InvalidArgument(f"schedule={schedule!r}: a function from the epoch to a strength is needed.")
     if schedule is not None and (start or warmup):
         raise InvalidArgument("schedule and start_epoch or warmup_epochs both say when the weights act. Give one.")

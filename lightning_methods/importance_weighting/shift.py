@@ -12,7 +12,7 @@ from scipy.optimize import brentq, minimize
 from torch import Tensor
 
 from lightning_methods.errors import InvalidArgument, LightningMethodsWarning, ShapeMismatch
-from lightning_methods.importance_weighting.functional import check_weights
+from lightning_methods.importance_weighting.functional import check_number, check_pair, check_weights, check_whole
 
 #: above this condition number of the confusion matrix BBSE multiplies noise by hundreds
 WORRYING_CONDITION = 1e3
@@ -23,11 +23,20 @@ HOPELESS_CONDITION = 1e10
 def condition_number(confusion: Tensor) -> float:
     """Return by how much solving with a confusion matrix can multiply errors; infinite if it is singular.
 
+    Raises:
+        ShapeMismatch: if it is not square.
+        InvalidArgument: if an entry is not finite.
+
     Example:
         >>> condition_number(torch.eye(3))
         1.0
     """
-    s = torch.linalg.svdvals(confusion.double())
+    c = torch.as_tensor(confusion).double()
+    if c.ndim != 2 or c.shape[0] != c.shape[1] or not len(c):
+        raise ShapeMismatch(f"The confusion matrix has the shape {tuple(c.shape)}; (C, C) is needed.")
+    if not torch.isfinite(c).all():
+        raise InvalidArgument("The entries of the confusion matrix are not all finite.")
+    s = torch.linalg.svdvals(c)
     return float(s[0] / s[-1]) if s[-1] > 0 else math.inf
 
 
@@ -94,8 +103,8 @@ def rlls(confusion: Tensor, target_prediction: Tensor, delta: float = 0.01, *, g
         >>> rlls(torch.tensor([[40.0, 10.0], [10.0, 40.0]]), torch.tensor([30.0, 70.0]), delta=10.0)
         tensor([1., 1.], dtype=torch.float64)
     """
-    if not delta >= 0 or not 0 <= gamma <= 1:
-        raise InvalidArgument(f"delta={delta}, gamma={gamma}: at least 0, and from 0 to 1, are needed.")
+    check_number("delta", delta, 0)
+    check_number("gamma", gamma, 0, 1)
     c, q = _joint(confusion, target_prediction)
     left, s, right = torch.linalg.svd(c)
     b = left.T @ (q - c.sum(1))
@@ -153,14 +162,17 @@ def em_prior_shift(
 
     Raises:
         ShapeMismatch: if the arguments do not fit together.
-        InvalidArgument: for rows that are no probabilities, or a class of prior 0 that has probability.
+        InvalidArgument: for rows that are no probabilities, a class of prior 0 that has probability, counts that are
+            negative or none, and settings outside of their range.
 
     Example:
         >>> p = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]])
         >>> em_prior_shift(p, torch.tensor([0.5, 0.5]))
         tensor([0.7009, 0.2991], dtype=torch.float64)
     """
-    p, prior = probabilities.detach().double().cpu(), check_weights(source_prior, "The source prior")
+    check_number("tolerance", tolerance, 0)
+    check_whole("max_iterations", max_iterations, 1)
+    p, prior = torch.as_tensor(probabilities).detach().double().cpu(), check_weights(source_prior, "The source prior")
     if p.ndim != 2 or prior.shape != p.shape[1:]:
         raise ShapeMismatch(f"probabilities {tuple(p.shape)} and source_prior {tuple(prior.shape)}: (N, C) and (C,).")
     if not len(p) or not torch.isfinite(p).all() or (p < 0).any() or ((p.sum(1) - 1).abs() > 1e-3).any():
@@ -169,7 +181,11 @@ def em_prior_shift(
     if (p[:, prior == 0] > 0).any():
         raise InvalidArgument("A class has prior 0 in the source and probability in the target; leave the class out.")
     ratio = torch.where(prior > 0, p / prior.clamp(min=1e-300), 0.0)
-    n = torch.ones(1, len(p), dtype=torch.float64) if counts is None else counts.double().cpu()
+    n = torch.ones(1, len(p), dtype=torch.float64) if counts is None else check_weights(counts, "The counts")
+    if n.ndim != 2 or n.shape[1] != len(p) or not bool((n.sum(1) > 0).all()):
+        raise ShapeMismatch(
+            f"The counts have the shape {tuple(n.shape)}; (R, {len(p)}) is needed, with a sample in each row."
+        )
     n = n / n.sum(1, keepdim=True)
     q = prior.expand(len(n), -1)
     for _ in range(max_iterations):
@@ -200,7 +216,7 @@ def calibrate(logits: Tensor, labels: Tensor, *, bias: bool = True) -> tuple[flo
 
     Raises:
         ShapeMismatch: if there is not one label for each row.
-        InvalidArgument: if there is no sample, or a logit is not finite.
+        InvalidArgument: if there is no sample, a logit is not finite, or a label is no class.
 
     Example:
         >>> z = torch.tensor([[4.0, 0.0], [0.0, 4.0], [4.0, 0.0], [0.0, 4.0]]).repeat(5, 1)
@@ -209,11 +225,17 @@ def calibrate(logits: Tensor, labels: Tensor, *, bias: bool = True) -> tuple[flo
         >>> calibrate(z, y, bias=False)[0] > 1
         True
     """
-    z, y = logits.detach().double().cpu(), labels.detach().cpu().long()
-    if z.ndim != 2 or y.shape != z.shape[:1]:
+    z, given = torch.as_tensor(logits).detach().double().cpu(), torch.as_tensor(labels).detach().cpu()
+    y = given.long()
+    if z.ndim != 2 or z.shape[1] < 2 or y.shape != z.shape[:1]:
         raise ShapeMismatch(f"logits {tuple(z.shape)} and labels {tuple(y.shape)}: (N, C) and (N,) are needed.")
     if not len(z) or not torch.isfinite(z).all():
         raise InvalidArgument("Calibration needs at least one sample, and finite logits.")
+    if given.is_floating_point() or not 0 <= int(y.min()) <= int(y.max()) < z.shape[1]:
+        raise InvalidArgument(
+            f"The labels are {given.dtype}, from {int(y.min())} to {int(y.max())}; whole numbers from 0 to "
+            f"{z.shape[1] - 1} are needed."
+        )
     z = z - z.max(1, keepdim=True).values
     classes = z.shape[1]
 
@@ -264,7 +286,8 @@ def density_ratio_weights(
 
     Raises:
         ShapeMismatch: if the features are of different widths, or the discriminator returns another shape.
-        InvalidArgument: for too few samples, features that are not finite, or settings outside of their range.
+        InvalidArgument: for too few samples, features that are not finite, settings outside of their range, or a
+            discriminator whose numbers are no probabilities.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -273,19 +296,18 @@ def density_ratio_weights(
         >>> bool(w[source[:, 0] > 1].mean() > 2 * w[source[:, 0] < 0].mean())
         True
     """
-    xs, xt = (
-        x.detach().flatten(1).double().cpu() if x.ndim > 1 else x.detach().double().cpu()[:, None]
-        for x in (source, target)
-    )
+    xs, xt = (_rows(name, x) for name, x in (("source", source), ("target", target)))
     if xs.shape[1] != xt.shape[1]:
         raise ShapeMismatch(f"The source has {xs.shape[1]} features and the target {xt.shape[1]}.")
-    if folds < 2 or min(len(xs), len(xt)) < folds:
+    check_whole("folds", folds, 2)
+    check_whole("seed", seed, 0)
+    check_pair("clip", clip)
+    check_number("regularization", regularization, 0, open_="low")
+    if min(len(xs), len(xt)) < folds:
         raise InvalidArgument(
             f"folds={folds} with {len(xs)} source and {len(xt)} target samples: 2 folds at least, and a sample of "
             f"both in each."
         )
-    if not 0 <= clip[0] < clip[1] or not regularization > 0:
-        raise InvalidArgument(f"clip={clip}, regularization={regularization}: 0 <= low < high, and a positive number.")
     if not (torch.isfinite(xs).all() and torch.isfinite(xt).all()):
         raise InvalidArgument("The features are not all finite.")
     x, domain = torch.cat([xs, xt]), torch.cat([torch.zeros(len(xs)), torch.ones(len(xt))]).double()
@@ -298,10 +320,21 @@ def density_ratio_weights(
         g = torch.as_tensor(predict(x[train], domain[train], x[test])).detach().double().cpu().reshape(-1)
         if g.shape != (int(test.sum()),):
             raise ShapeMismatch(f"The discriminator returned {tuple(g.shape)} for {int(test.sum())} samples.")
+        if not bool(((g >= 0) & (g <= 1)).all()):  # also false for NaN
+            raise InvalidArgument(
+                f"The discriminator returned numbers from {float(g.min())} to {float(g.max())}; probabilities of the "
+                f"target are needed."
+            )
         odds = g / (1 - g).clamp(min=1e-12)
         shares = (domain[train] == 0).sum() / (domain[train] == 1).sum()
         weights[test[: len(xs)]] = (shares * odds).clamp(*clip)
     return check_weights(weights, "The discriminator's weights")
+
+
+def _rows(name: str, x: Tensor) -> Tensor:
+    if x.ndim < 1:
+        raise ShapeMismatch(f"The {name} is a single number; (N, ...) features are needed.")
+    return (x if x.ndim > 1 else x[:, None]).detach().flatten(1).double().cpu()
 
 
 def _logistic(x: Tensor, domain: Tensor, other: Tensor, regularization: float) -> Tensor:

@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_methods.errors import InvalidArgument, NotFinite, ShapeMismatch, check_choice
-from lightning_methods.importance_weighting.functional import boundary_shift, check_weights, margins, normalized_weights
+from lightning_methods.importance_weighting.functional import (
+    boundary_shift,
+    check_number,
+    check_weights,
+    check_whole,
+    margins,
+    normalized_weights,
+)
 from lightning_methods.importance_weighting.losses import poly_tail_loss
 from lightning_methods.report import color_cycle, curves
 
@@ -57,18 +64,16 @@ class HeadSettings:
 
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, ("ce", "poly"))
-        if min(self.epochs, self.batch_size, *self.hidden) < 1:
-            raise InvalidArgument(
-                f"hidden={tuple(self.hidden)}, epochs={self.epochs}, batch_size={self.batch_size}: positive numbers "
-                f"are needed."
-            )
-        if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf and 0 < self.alpha < math.inf):
-            raise InvalidArgument(
-                f"lr={self.lr}, weight_decay={self.weight_decay}, alpha={self.alpha}: finite numbers are needed, "
-                f"positive ones for lr and alpha."
-            )
-        if not 0 <= self.dropout < 1:
-            raise InvalidArgument(f"dropout={self.dropout} is no probability below 1.")
+        if isinstance(self.hidden, (str, bytes)) or not isinstance(self.hidden, Sequence):
+            raise InvalidArgument(f"hidden={self.hidden!r}: the widths of the hidden layers, (64,), are needed.")
+        for name, whole in (("epochs", self.epochs), ("batch_size", self.batch_size)):
+            check_whole(name, whole, 1)
+        for width in self.hidden:
+            check_whole("a width of hidden", width, 1)
+        check_number("lr", self.lr, 0, open_="low")
+        check_number("weight_decay", self.weight_decay, 0)
+        check_number("alpha", self.alpha, 0, open_="low")
+        check_number("dropout", self.dropout, 0, 1, open_="high")
         if (self.dropout or self.batch_norm) and not self.hidden:
             raise InvalidArgument("dropout and batch_norm act on hidden layers, and hidden names none.")
 
@@ -245,11 +250,15 @@ def sweep_heads(
     x, y, shown, truth = _checked_data(features, labels, probes)
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen:
-        raise InvalidArgument("seeds names none; at least one is needed.")
+        raise InvalidArgument(f"seeds={seeds!r} names none; at least one is needed.")
+    for seed in chosen:
+        check_whole("seed", seed, 0)
     table = _table(class_weights, y)
     heads = Heads(x.shape[1], table.shape[1], len(table), chosen, settings).to(x.device)
     per_head = table.repeat_interleave(len(chosen), 0).to(x)
-    when = sorted(set(record or spaced_epochs(settings.epochs)) & set(range(1, settings.epochs + 1)))
+    when = sorted(set(spaced_epochs(settings.epochs) if record is None else record))
+    if not when or when != [epoch for epoch in when if epoch in range(1, settings.epochs + 1)]:
+        raise InvalidArgument(f"record={record!r}: some of the epochs 1 to {settings.epochs} are needed.")
     found = Fading(list(class_weights), len(chosen))
     rows: dict[str, list[Tensor]] = {}
     for epoch in range(1, settings.epochs + 1):
@@ -290,8 +299,7 @@ def ratio_weights(ratios: Sequence[float]) -> dict[str, list[float]]:
     """
     named = {}
     for ratio in ratios:
-        if not 0 < ratio < math.inf:
-            raise InvalidArgument(f"ratio={ratio!r}: a positive number is needed, 16 for 16:1.")
+        check_number("ratio (16 for 16:1)", ratio, 0, open_="low")
         pair = [float(ratio), 1.0] if ratio >= 1 else [1.0, 1.0 / ratio]
         named[":".join(f"{value:g}" for value in pair)] = pair
     return named
@@ -303,12 +311,16 @@ def fading_figure(found: Fading, probe: str, *, of_class: int = 0, title: str = 
     The lines are means over the seeds, the bands reach from the smallest to the largest.
 
     Raises:
-        InvalidArgument: for a probe that was not recorded.
+        InvalidArgument: for a probe or a class that was not recorded.
 
     Example:
         >>> figure = fading_figure(found, "other classes")  # doctest: +SKIP
     """
     check_choice("probe", probe, found.fraction)
+    check_whole("of_class", of_class, 0)
+    classes = found.fraction[probe].shape[-1]
+    if of_class >= classes:
+        raise InvalidArgument(f"of_class={of_class}: the heads tell {classes} classes apart, from 0.")
     share = 100 * found.fraction[probe][..., of_class]
     lines = {name: (found.epochs, share[:, i].mean(1)) for i, name in enumerate(found.names)}
     figure = curves(lines, title=title, x_label="epoch", y_label=f"% of {probe} predicted as class {of_class}")
@@ -335,6 +347,7 @@ def _measured(
             f"{int(diverged.sum())} of {len(diverged)} heads have diverged and are recorded as NaN. Lower lr.",
             NotFinite,
         )
+    logits = torch.where(diverged[:, None, None], 0.0, logits)
     margin = torch.stack([margins(own, y) for own in logits])
     effect = [boundary_shift(w[y], m) for w, m in zip(table, margin, strict=True)]
     found = {
@@ -371,6 +384,10 @@ def _checked_data(
             raise ShapeMismatch(
                 f"The probe {name!r} is {tuple(inputs.shape)}; rows of {x.shape[1]} numbers are needed."
             )
+        if not torch.isfinite(shown[name]).all():
+            raise InvalidArgument(f"The probe {name!r} holds numbers that are not finite.")
+        if own is not None and own.shape != inputs.shape[:1]:
+            raise ShapeMismatch(f"The probe {name!r} has {len(inputs)} rows and labels of shape {tuple(own.shape)}.")
         if own is not None:
             truth[name] = own.to(x.device)
     return x, labels.to(x.device), shown, truth

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightning_methods.core.gather import all_sum
-from lightning_methods.importance_weighting.interception import LossInterception, ModuleInterception
+from lightning_methods.importance_weighting.interception import LossInterception, LossModule, intercept
 from lightning_methods.importance_weighting.weights import BatchWeights
 
 
@@ -23,19 +23,19 @@ class ValidationRisk:
     def __init__(self, weights: BatchWeights, *, change: bool) -> None:
         self.weights, self.change = weights, change
         self.functions = LossInterception(weights)
-        self.modules: list[ModuleInterception] = []
+        self.modules: list[Any] = []
         self.entered = False
 
     def begin(self) -> None:
         """Start the sums of an epoch anew."""
         self.weights.risk = torch.zeros(2, dtype=torch.float64)
 
-    def enter(self, batch: Any, modules: Sequence[Any]) -> None:
+    def enter(self, batch: Any, modules: Sequence[LossModule], match: str) -> None:
         """Catch the losses of the step of this batch, and of these loss modules as a whole."""
         self.leave()
+        self.weights.evaluating, self.weights.measuring, self.weights.quick = True, not self.change, None
         self.weights.begin(batch)
-        self.weights.evaluating, self.weights.measuring = True, not self.change
-        self.modules = [ModuleInterception(m, self.weights, self.functions) for m in modules]
+        self.modules = [intercept(m, self.weights, self.functions, match) for m in modules]
         self.functions.__enter__()
         self.entered = True
 

@@ -40,9 +40,11 @@ class BatchWeights:
         self.table = torch.ones(0, dtype=torch.float64)  # of the classes, normalised, at full strength
         self.mean_weight = 1.0
         self.strength = 1.0
-        self._equal = True
+        self._by_classes, self._equal = False, True
+        self.quick: Tensor | None = None
         self.measuring = self.evaluating = False
         self.risk = torch.zeros(2, dtype=torch.float64)  # sums of weighted losses, and of weights
+        self.total = torch.zeros(())  # of the weights that came with the batches of an epoch
         self.hits = 0
         self.called: list[str] = []
         self.result: Tensor | None = None
@@ -56,9 +58,13 @@ class BatchWeights:
     def set_table(self, table: Tensor | None, strength: float) -> None:
         """Take normalised class weights, and how much of them acts."""
         self.table = torch.ones(0, dtype=torch.float64) if table is None else table
-        self.strength = strength
-        self._equal = bool((self.table == 1).all())
+        self._by_classes, self._equal = bool(len(self.table)), bool((self.table == 1).all())
         self._tables = {}
+        self.set_strength(strength)
+
+    def set_strength(self, strength: float) -> None:
+        """Say how much of the weights acts, from 0 to 1."""
+        self.strength, self.quick = strength, None
 
     def begin(self, batch: Any, *, first: bool = False) -> None:
         """Begin a step."""
@@ -102,13 +108,17 @@ class BatchWeights:
 
     def class_table(self, x: Tensor) -> Tensor | None:
         """Return the class weights of now on the device of `x`, in float32 or float64."""
-        if not len(self.table):
+        if not self._by_classes:
             return None
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         strength = 1.0 if self.evaluating else self.strength
         key = (x.device, kind, strength)
         if key not in self._tables:
             self._tables[key] = (1 + strength * (self.table - 1)).to(x.device, kind)
+        simple = not self.sample_weighted and not self.evaluating and self.normalize != "batch"
+        # only on a CPU are labels without a weight found without waiting for the device
+        if simple and kind == torch.float32 and x.device.type == "cpu":
+            self.quick = self._tables[key]
         return self._tables[key]
 
     def by_label(self, labels: Tensor) -> Tensor:
@@ -126,7 +136,9 @@ class BatchWeights:
     def weigh(self, call: LossCall) -> tuple[Tensor, Tensor | int]:
         """Return the weighted losses, and by what a mean divides their sum: the number that counts."""
         weight, number = self.of_call(call)
-        losses = call.losses if call.losses.dtype == torch.float64 else call.losses.float()
+        losses = call.losses
+        if losses.dtype != torch.float32 and losses.dtype != torch.float64:
+            losses = losses.float()
         if self.evaluating:
             self.measure(call)
         elif self.normalize == "batch":
@@ -167,6 +179,8 @@ class BatchWeights:
         if self._samples is None:
             w = self.transform(raw_sample_weights(self.batch, self.selector)) / self.mean_weight
             self._samples = 1 + (1.0 if self.evaluating else self.strength) * (w - 1)
+            if not self.evaluating:
+                self.total = self.total.to(w.device) + self._samples.sum()
         return self._samples
 
     # -- by class ----------------------------------------------------------------------------------------------------
@@ -208,6 +222,8 @@ class BatchWeights:
         may_be_class = ignore is not None and 0 <= ignore < classes
         if target.device.type == "cpu" and not may_be_class and table is not None:
             try:  # the usual case, in one operation: an ignored or unknown label is out of the table's range
+                if target.ndim == 1:
+                    return table.index_select(0, target), target.numel()
                 return table.index_select(0, target.reshape(-1)).view(target.shape), target.numel()
             except (IndexError, RuntimeError):
                 pass

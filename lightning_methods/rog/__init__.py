@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from lightning_methods.rog.audit import LabelAudit, write_audit
+from lightning_methods.rog.audit import LabelAudit
 from lightning_methods.rog.callback import RobustGenerativeClassifier
 from lightning_methods.rog.classifier import GenerativeClassifier
+from lightning_methods.rog.display import write_audit
 from lightning_methods.rog.ensemble import LayerEnsemble
 from lightning_methods.rog.functional import consistency_factor
 from lightning_methods.rog.mcd import MCDResult, fast_mcd

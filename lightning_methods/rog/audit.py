@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from lightning_methods.rog.ensemble import LayerEnsemble
 from lightning_methods.rog.features import Collected
 
 _ROWS = 16_384  # at a time
+_COLUMNS = 3  # of a verdict
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,21 @@ class LabelAudit:
         pairs = torch.bincount(self.suggested * c + self.given, minlength=c * c).view(c, c).double()
         return pairs / pairs.sum(1, keepdim=True)
 
+    def by_class(self) -> tuple[list[str], list[list[Any]]]:
+        """Return columns and a row for each class: how many samples bear it, and the share of them that is suspected.
+
+        Where the true labels are known, also the share that is wrong.
+        """
+        suspected = self.suggested != self.given
+        columns = ["class", "samples", "suspected"] + (["wrong"] if self.true is not None else [])
+        rows = []
+        for c in range(self.num_classes):
+            own = self.given == c
+            count = int(own.sum())
+            shares = [suspected] + ([self.given != self.true] if self.true is not None else [])
+            rows.append([c, count, *(float(share[own].double().mean()) if count else 0.0 for share in shares)])
+        return columns, rows
+
     def quality(self) -> dict[str, float]:
         """Return, where the true labels are known, how well the suspected ones are the wrong ones.
 
@@ -77,12 +92,18 @@ class LabelAudit:
 
     def table(self, limit: int | None = None) -> tuple[list[str], list[list[Any]]]:
         """Return columns and rows of the suspected mislabels, the surest first."""
+        return self._listed(self.suspected[:limit])
+
+    def samples(self) -> tuple[list[str], list[list[Any]]]:
+        """Return columns and rows of all samples, in the order of the data."""
+        return self._listed(torch.arange(len(self.given)))
+
+    def _listed(self, rows: Tensor) -> tuple[list[str], list[list[Any]]]:
         columns = ["index", "given", "suggested", "distance", "margin"]
         values: list[Tensor] = [self.index, self.given, self.suggested, self.distance, self.margin]
         if self.true is not None:
             columns, values = [*columns, "true"], [*values, self.true]
-        rows = self.suspected[:limit].tolist()
-        return columns, [[value[i].item() for value in values] for i in rows]
+        return columns, [list(row) for row in zip(*(value[rows].tolist() for value in values), strict=True)]
 
     def transition_figure(self) -> Figure:
         """Draw the estimated transition matrix."""
@@ -112,24 +133,38 @@ class LabelAudit:
 @torch.no_grad()
 def audit(ensemble: LayerEnsemble, collected: Collected, true: Tensor | None) -> LabelAudit:
     """Compare the labels of collected samples with what the ensemble says."""
-    device = ensemble.weights.device
-    suggested, distance, margin = [], [], []
+    parts = [torch.zeros(0, _COLUMNS, dtype=torch.float64)]
     for start in range(0, len(collected.labels), _ROWS):
         own = slice(start, start + _ROWS)
-        features = {name: x[own].to(device) for name, x in collected.features.items()}
-        given = collected.labels[own].to(device)[:, None]
-        posterior = ensemble(features)
-        best, predicted = posterior.max(1)
-        own_class = posterior.gather(1, given)[:, 0].clamp(min=torch.finfo(torch.float64).min)
-        suggested.append(predicted.cpu())
-        margin.append((best - own_class).cpu())
-        distance.append(ensemble.distances(features).gather(1, given)[:, 0].cpu())
+        parts.append(verdict(ensemble, {name: x[own] for name, x in collected.features.items()}, collected.labels[own]))
+    return _label_audit(ensemble, collected, torch.cat(parts), true)
+
+
+@torch.no_grad()
+def verdict(ensemble: LayerEnsemble, features: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Return `(n, 3)` for a batch, on the CPU: the class suggested, the distance to the given one, and the margin."""
+    here = {name: x.to(ensemble.weights.device) for name, x in features.items()}
+    given = labels.to(ensemble.weights.device).clamp(min=0)[:, None]  # what is no class is dropped later
+    posterior = ensemble(here)
+    best, suggested = posterior.max(1)
+    own = posterior.gather(1, given)[:, 0].clamp(min=torch.finfo(torch.float64).min)
+    distance = ensemble.distances(here).gather(1, given)[:, 0]
+    return torch.stack([suggested.double(), distance, best - own], 1).cpu()
+
+
+def from_verdicts(ensemble: LayerEnsemble, collected: Collected, true: Tensor | None) -> LabelAudit:
+    """Return the audit of samples of which only the verdict was kept."""
+    return _label_audit(ensemble, collected, collected.features["verdict"], true)
+
+
+def _label_audit(ensemble: LayerEnsemble, collected: Collected, verdicts: Tensor, true: Tensor | None) -> LabelAudit:
+    suggested, distance, margin = verdicts.unbind(1)
     return LabelAudit(
         collected.index,
         collected.labels,
-        torch.cat(suggested),
-        torch.cat(distance),
-        torch.cat(margin),
+        suggested.long(),
+        distance,
+        margin,
         None if true is None else true[collected.index],
         ensemble.num_classes,
     )
@@ -149,22 +184,3 @@ def true_labels(dataset: Any) -> Tensor | None:
 def true_labels_of(loaders: list[Any]) -> Tensor | None:
     """Return the labels before any noise of the data of a single loader, if they are known."""
     return true_labels(getattr(loaders[0], "dataset", None)) if len(loaders) == 1 else None
-
-
-def write_audit(found: LabelAudit, folder: Path) -> list[Path]:
-    """Write the suspected labels and the transition as CSV, and both figures; return the files."""
-    import csv
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / name for name in ("suspects.csv", "transition.csv", "transition.png", "distances.png")]
-    columns, rows = found.table()
-    classes = [str(c) for c in range(found.num_classes)]
-    for path, head, body in (
-        (paths[0], columns, rows),
-        (paths[1], ["class", *classes], [[c, *row] for c, row in zip(classes, found.transition.tolist(), strict=True)]),
-    ):
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([head, *body])
-    found.transition_figure().savefig(paths[2], dpi=150)
-    found.distance_figure().savefig(paths[3], dpi=150)
-    return paths

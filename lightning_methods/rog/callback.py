@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchmetrics.functional.classification import binary_auroc
 
 from lightning_methods.core._lightning import Callback, rank_zero_info, rank_zero_warn
 from lightning_methods.core.passes import loaders_of
 from lightning_methods.core.progress import phase
 from lightning_methods.core.taps import FeatureTaps, Pool
-from lightning_methods.errors import InvalidArgument, NoEffect, UnsupportedTraining, check_choice
-from lightning_methods.rog.audit import LabelAudit, audit, true_labels_of
+from lightning_methods.errors import InvalidArgument, UnsupportedTraining, check_choice
+from lightning_methods.rog.audit import LabelAudit, audit, from_verdicts, true_labels_of, verdict
 from lightning_methods.rog.classifier import GenerativeClassifier, check_priors
 from lightning_methods.rog.display import show
 from lightning_methods.rog.ensemble import Fitted, LayerEnsemble, Mixing, fit_ensemble
 from lightning_methods.rog.estimators import Estimator
-from lightning_methods.rog.evaluate import accuracies, log_probabilities
-from lightning_methods.rog.features import Collected, Reader, collect, in_order, mean_pool, varies
+from lightning_methods.rog.evaluate import accuracies, log_probabilities, outlier_auroc
+from lightning_methods.rog.features import Collected, Reader, collect, mean_pool
 from lightning_methods.rog.mcd import check_support_fraction
 from lightning_methods.rog.module import RobustModule
 from lightning_methods.rog.surroundings import (
@@ -30,6 +29,9 @@ from lightning_methods.rog.surroundings import (
     blocks_before_classifier,
     fingerprint,
     is_last_epoch,
+    say_if_augmented,
+    say_if_useless,
+    say_what_is_missing,
     without_data,
 )
 
@@ -61,8 +63,9 @@ class RobustGenerativeClassifier(Callback):
     Args:
         layers: names or patterns; `None` takes up to four blocks before the classifier, and says which.
         estimator: `"mcd"`, `"official"` or `"sample"`, see `GenerativeClassifier`.
-        support_fraction: `None` for the most robust support (the paper), a share from 0.5 to 1, or `"auto"`, which
-            tries several on the validation split, and the softmax itself.
+        support_fraction: `None` for the most robust support (the paper), a share from 0.5 to 1, `"confirmed"` for a
+            plain estimate of the samples whose labels the most robust one confirms, or `"auto"`, which tries all
+            these on the validation split, and the softmax itself.
         ensemble: `"noisy_val"` learns the weights on the half of the validation split that fits its labels best,
             `"clean_val"` on all of it; `"uniform"` or `"last"` without one.
         priors: `"uniform"`, `"empirical"` or a probability for each class.
@@ -104,7 +107,7 @@ class RobustGenerativeClassifier(Callback):
         layers: str | list[str] | None = None,
         *,
         estimator: Estimator = "mcd",
-        support_fraction: float | Literal["auto"] | None = "auto",
+        support_fraction: float | Literal["auto", "confirmed"] | None = "auto",
         ensemble: Mixing = "noisy_val",
         priors: Literal["uniform", "empirical"] | list[float] = "uniform",
         every_n_epochs: int | None = None,
@@ -124,7 +127,7 @@ class RobustGenerativeClassifier(Callback):
         seed: int = 0,
         log_prefix: str = "rog",
     ) -> None:
-        if support_fraction != "auto":
+        if support_fraction not in ("auto", "confirmed"):
             check_support_fraction(support_fraction)
         check_choice("ensemble", ensemble, ("noisy_val", "clean_val", "uniform", "last"))
         check_priors(priors)
@@ -139,7 +142,7 @@ class RobustGenerativeClassifier(Callback):
             if value is not None and value < least:
                 raise InvalidArgument(f"{name}={value}: at least {least} is needed.")
         self.layers = layers
-        self.support_fraction: float | Literal["auto"] | None = support_fraction
+        self.support_fraction = support_fraction
         self.mixing: Mixing = ensemble
         self.settings: dict[str, Any] = {"estimator": estimator, "priors": priors, "shrinkage": shrinkage, "seed": seed}
         self.every_n_epochs = every_n_epochs
@@ -164,7 +167,7 @@ class RobustGenerativeClassifier(Callback):
     def _reset(self) -> None:
         self.ensemble: LayerEnsemble | None = None
         self.prefers_softmax = False
-        self.chosen_fraction: float | None = None
+        self.chosen_fraction: float | Literal["confirmed"] | None = None
         self.audit: LabelAudit | None = None
         self.predictions: Tensor | None = None
         self.figure_paths: list[Path] = []
@@ -278,13 +281,7 @@ class RobustGenerativeClassifier(Callback):
         """Read training and validation data, fit, and return the accuracies on the validation split."""
         self._attach(pl_module)
         training = self._collect(trainer, pl_module, "train")
-        if training.left_out:
-            rank_zero_warn(
-                f"RobustGenerativeClassifier uses {len(training.labels)} training samples and leaves out "
-                f"{training.left_out}. Raise max_per_class or max_feature_bytes for more."
-            )
-        if training.dropped:
-            rank_zero_warn(f"{training.dropped} training samples have no label from 0 to C - 1 and are left out.")
+        say_what_is_missing(training)
         classes = int(training.labels.unique().numel())
         if classes < 2:
             raise InvalidArgument(
@@ -302,8 +299,32 @@ class RobustGenerativeClassifier(Callback):
         values |= {"noise_rate": self.audit.noise_rate, **self.audit.quality()}
         if validation is not None:
             values |= {f"fit/{name}": value for name, value in accuracies(fitted.ensemble, validation).items()}
-            self._say_whether_it_helps(values)
+            say_if_useless(values, prefers_softmax=self.prefers_softmax)
         return values
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def examine(self, trainer: Any, pl_module: Any) -> LabelAudit:
+        """Compare the labels of all training samples with the ensemble, also of those that the fit left out.
+
+        Returns `audit`, after one more pass over the training data.
+        """
+        ensemble = self._ready(trainer, pl_module)
+        found = self._collect(trainer, pl_module, "train", reduce=lambda x, y: {"verdict": verdict(ensemble, x, y)})
+        say_what_is_missing(found)
+        if not len(found.labels):
+            raise UnsupportedTraining("The training data gave no sample with a label; nothing can be examined.")
+        self.audit = from_verdicts(ensemble, found, true_labels_of(loaders_of(trainer, self.train)))
+        return self.audit
+
+    def is_current(self, pl_module: Any) -> bool:
+        """Tell whether there is an ensemble, and it was fitted to these very weights."""
+        now = fingerprint(pl_module)
+        return (
+            self.ensemble is not None
+            and len(now) == len(self._weights_seen)
+            and all(abs(a - b) <= 1e-9 * max(abs(a), abs(b), 1.0) for a, b in zip(now, self._weights_seen, strict=True))
+        )
 
     def deploy(self, pl_module: Any) -> RobustModule:
         """Return a LightningModule that classifies inputs by the ensemble.
@@ -350,7 +371,7 @@ class RobustGenerativeClassifier(Callback):
 
     def _refresh(self, trainer: Any, pl_module: Any) -> None:
         """Fit if what is there is not of the present weights."""
-        if without_data(trainer) or (self.ensemble is not None and self._is_current(pl_module)):
+        if without_data(trainer) or (self.is_current(pl_module)):
             return
         values = self.fit(trainer, pl_module)
         step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
@@ -358,25 +379,27 @@ class RobustGenerativeClassifier(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({f"{self.log_prefix}/{key}": value for key, value in values.items()}, step=step)
 
-    def _is_current(self, pl_module: Any) -> bool:
-        now = fingerprint(pl_module)
-        return len(now) == len(self._weights_seen) and all(
-            abs(a - b) <= 1e-9 * max(abs(a), abs(b), 1.0) for a, b in zip(now, self._weights_seen, strict=True)
-        )
-
     def _collect(
-        self, trainer: Any, pl_module: Any, which: str, *, labelled: bool = True, loader: Any = None
+        self,
+        trainer: Any,
+        pl_module: Any,
+        which: str,
+        *,
+        labelled: bool = True,
+        loader: Any = None,
+        reduce: Any = None,
     ) -> Collected:
         source = {"train": self.train, "fit": self.validation}.get(which, which) if loader is None else loader
         loaders, bounds = loaders_of(trainer, source), {}
-        if which == "train":
+        if which == "train" and reduce is None:
             bounds = {"max_per_class": self.max_per_class, "max_bytes": self.max_feature_bytes}
-            self._look_at(loaders)
+            if self._augmented is None:
+                self._augmented = say_if_augmented(loaders)
         return collect(
             trainer,
             pl_module,
             loaders,
-            Reader(self._attach(pl_module), **self._where),
+            Reader(self._attach(pl_module), reduce=reduce, **self._where),
             description=f"RobustGenerativeClassifier: {'validation' if which == 'fit' else which} data",
             limit=lambda one: batch_limit(trainer, source, one),
             labelled=labelled,
@@ -384,16 +407,6 @@ class RobustGenerativeClassifier(Callback):
             seed=self.seed,
             **bounds,
         )
-
-    def _look_at(self, loaders: Iterable[Any]) -> None:
-        """Warn once of augmentation, which would widen every class."""
-        if self._augmented is None:
-            self._augmented = any(varies(getattr(in_order(one)[0], "dataset", None)) for one in loaders)
-            if self._augmented:
-                rank_zero_warn(
-                    "The training data give another input each time a sample is read: they are augmented at random. "
-                    "Pass train= a dataloader of the same samples without augmentation for a better fit."
-                )
 
     def _validation(self, trainer: Any, pl_module: Any) -> Collected | None:
         """Return the validation split, or say that there is none where one is needed."""
@@ -434,9 +447,9 @@ class RobustGenerativeClassifier(Callback):
 
     def _ready(self, trainer: Any, pl_module: Any) -> LayerEnsemble:
         """Return the ensemble for the present weights: this one, that of the checkpoint, or a new one."""
-        if self.ensemble is None or not self._is_current(pl_module):
+        if not self.is_current(pl_module):
             self._load_from_checkpoint(trainer)
-        if self.ensemble is None or not self._is_current(pl_module):
+        if not self.is_current(pl_module):
             try:
                 self.fit(trainer, pl_module)
             except UnsupportedTraining as error:
@@ -474,25 +487,8 @@ class RobustGenerativeClassifier(Callback):
         ensemble = self._ready(trainer, pl_module)
         inside = self._collect(trainer, pl_module, "test", labelled=False)
         outside = self._collect(trainer, pl_module, "outliers", labelled=False, loader=self.outliers)
-        scores: dict[str, list[Tensor]] = {"auroc_outliers": [], "auroc_softmax": []}
-        for found in (inside, outside):
-            features = {name: x.to(ensemble.weights.device) for name, x in found.features.items()}
-            scores["auroc_outliers"].append(ensemble.outlier_score(features).cpu())
-            scores["auroc_softmax"].append(-found.confidence)
-        for name, (a, b) in scores.items():
-            label = torch.cat([torch.zeros(len(a)), torch.ones(len(b))]).long()
-            # only the order counts; binary_auroc takes what lies outside of [0, 1] for logits and saturates
-            order = torch.cat([a, b]).double().unique(return_inverse=True)[1].double()
-            value = binary_auroc(order / order.max().clamp(min=1), label)
-            pl_module.log(f"{self.log_prefix}/test/{name}", value.float(), batch_size=len(label))
-
-    def _say_whether_it_helps(self, values: dict[str, float]) -> None:
-        if self.prefers_softmax or values["fit/accuracy"] < values["fit/softmax"]:
-            rank_zero_warn(
-                f"RoG does not help here: on the validation split the network itself reaches "
-                f"{100 * values['fit/softmax']:.1f}%, the generative classifiers {100 * values['fit/accuracy']:.1f}%.",
-                category=NoEffect,
-            )
+        for name, value in outlier_auroc(ensemble, inside, outside).items():
+            pl_module.log(f"{self.log_prefix}/test/{name}", value, batch_size=len(inside.index) + len(outside.index))
 
     def _show(self, trainer: Any) -> None:
         if self.ensemble is not None and self.audit is not None:

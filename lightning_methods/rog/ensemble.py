@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,12 +11,18 @@ from torch import Tensor, nn
 
 from lightning_methods.errors import InvalidArgument, ShapeMismatch, did_you_mean
 from lightning_methods.rog.classifier import GenerativeClassifier
+from lightning_methods.rog.selection import clearly_better, noisy_log_likelihood
 
 Mixing = Literal["noisy_val", "clean_val", "uniform", "last"]
 Features = Mapping[str, Tensor]
 
-CANDIDATES: tuple[float | None, ...] = (None, 0.7, 0.9, 1.0)  # most robust first
+Support = float | Literal["auto", "confirmed"] | None
+
+CANDIDATES: tuple[Support, ...] = (None, 0.7, 0.9, 1.0, "confirmed")  # most robust first
+_FEWEST = 10  # validation samples of each class, on average, without which nothing can be chosen by them
+_ROUNDS = 3  # of fitting to the confirmed samples
 _RATE, _EPOCHS, _BATCH, _TINY = 0.02, 20, 50, 1e-10  # of the released code
+_ROWS = 16_384  # at a time
 _KEPT = 0.5  # share of a noisy validation split that the weights are learned on (released code)
 
 
@@ -131,15 +137,13 @@ class Fitted:
 
     Attributes:
         ensemble: the classifiers and weights.
-        support_fraction: the share that was chosen or given.
+        support_fraction: the support that was chosen or given.
         prefers_softmax: whether, with `"auto"`, the network's own predictions are better on the validation split.
-        accuracies: on the validation split, by support fraction; only for `"auto"`.
     """
 
     ensemble: LayerEnsemble
-    support_fraction: float | None
+    support_fraction: float | Literal["confirmed"] | None
     prefers_softmax: bool
-    accuracies: dict[str, float]
 
 
 def fit_ensemble(
@@ -148,55 +152,80 @@ def fit_ensemble(
     num_classes: int,
     *,
     validation: tuple[Features, Tensor, Tensor] | None,
-    support_fraction: float | Literal["auto"] | None = "auto",
+    support_fraction: Support = "auto",
     mixing: Mixing = "noisy_val",
     **settings: Any,
 ) -> Fitted:
-    """Fit all layers, and choose support fraction and weights by a validation split.
+    """Fit all layers, and choose support and weights by a validation split.
 
-    With `"auto"`, supports from the most robust to all samples are tried in turn, the softmax at last. One replaces
-    another if it agrees with more of the validation labels, by over one standard error of the paired difference. Noise
-    in these labels that is not more frequent than the true label lowers all candidates alike.
+    `"confirmed"` fits most robustly, and then, three times, the plain estimate of the samples whose labels the ensemble
+    confirms. With `"auto"`, supports from the most robust to all samples, and `"confirmed"` at last, are tried in turn.
+    One replaces another if it makes the validation labels likelier, by over one standard error of the paired
+    difference; see `noisy_log_likelihood`. The softmax is preferred if it agrees with more of these labels, likewise.
+    With fewer than ten validation samples a class nothing is tried, and the most robust support stays.
 
     Args:
         features: of the training samples by layer, `(n, d_l)` each.
         labels: their given classes.
         num_classes: number of classes.
         validation: features, given labels and the softmax's predictions of samples that were not trained on.
-        support_fraction: see `GenerativeClassifier`, or `"auto"`.
+        support_fraction: see `GenerativeClassifier`, or `"confirmed"` or `"auto"`.
         mixing: how the weights are found.
         settings: other arguments of `GenerativeClassifier`.
     """
-    names = list(features)
-    tried = settings.get("estimator", "mcd") == "mcd" and support_fraction == "auto"
-    fractions: tuple[float | None, ...] = (None if support_fraction == "auto" else support_fraction,)
-    if tried and validation is not None:
-        fractions = CANDIDATES
-    best: LayerEnsemble | None = None
-    chosen, right = fractions[0], torch.zeros(0)
-    accuracies: dict[str, float] = {}
-    for fraction in fractions:
-        ensemble = LayerEnsemble(names, support_fraction=fraction, **settings).fit(features, labels, num_classes)
-        if validation is None:
-            ensemble.learn_weights({}, labels, "last" if mixing == "last" else "uniform")
-            return Fitted(ensemble, fraction, False, {})
-        ensemble.learn_weights(validation[0], validation[1], mixing)
-        agrees = (ensemble(validation[0]).argmax(1).cpu() == validation[1].cpu()).double()
-        accuracies["most robust" if fraction is None else f"{fraction:g}"] = float(agrees.mean())
-        if best is None or _better(agrees, right):
-            best, chosen, right = ensemble, fraction, agrees
+    if validation is None:
+        mixing = "last" if mixing == "last" else "uniform"
+        validation = {}, labels[:0], labels[:0]
+    x, y, predicted = validation
+    usable = torch.where((y >= 0) & (y < num_classes))[0]
+    enough = len(usable) >= _FEWEST * num_classes
+    tried = support_fraction == "auto" and settings.get("estimator", "mcd") == "mcd" and enough
+    robust: Support = None if support_fraction == "auto" else support_fraction
+    x = {name: value[usable.to(value.device)] for name, value in x.items()}
+    y, predicted = y[usable], predicted[usable.to(predicted.device)]
+    first: LayerEnsemble | None = None
+    best, scores = None, torch.zeros(0)
+    for support in CANDIDATES if tried else (robust,):
+        if support == "confirmed":
+            first = first or _fit(features, labels, num_classes, x, y, mixing, support_fraction=None, **settings)
+            ensemble = _confirmed(first, features, labels, x, y, mixing, **settings)
+        else:
+            ensemble = _fit(features, labels, num_classes, x, y, mixing, support_fraction=support, **settings)
+        first = first or ensemble
+        new = noisy_log_likelihood(ensemble(x), y).cpu() if tried else scores
+        if best is None or clearly_better(new, scores):
+            best, scores = Fitted(ensemble, support, False), new  # type: ignore[arg-type]
     assert best is not None
-    assert validation is not None
-    softmax = (validation[2].cpu() == validation[1].cpu()).double()
-    accuracies["softmax"] = float(softmax.mean())
-    return Fitted(best, chosen, tried and _better(softmax, right), accuracies)
+    if not tried:
+        return best
+    agrees = best.ensemble(x).argmax(1).cpu() == y.cpu()
+    softmax = predicted.cpu() == y.cpu()
+    return replace(best, prefers_softmax=clearly_better(softmax.double(), agrees.double()))
 
 
-def _better(new: Tensor, old: Tensor) -> bool:
-    difference = new - old
-    if len(difference) < 2:
-        return False
-    return bool(difference.mean() > difference.std() / len(difference) ** 0.5)
+def _fit(
+    features: Features, labels: Tensor, num_classes: int, x: Features, y: Tensor, mixing: Mixing, **settings: Any
+) -> LayerEnsemble:
+    ensemble = LayerEnsemble(list(features), **settings).fit(features, labels, num_classes)
+    return ensemble.learn_weights(x, y, mixing)
+
+
+def _confirmed(
+    ensemble: LayerEnsemble, features: Features, labels: Tensor, x: Features, y: Tensor, mixing: Mixing, **settings: Any
+) -> LayerEnsemble:
+    """Fit anew to the samples whose labels an ensemble confirms; a class that loses all of its samples keeps them."""
+    settings = {**settings, "estimator": "sample"}
+    for _ in range(_ROUNDS):
+        parts = [
+            ensemble({name: f[start : start + _ROWS] for name, f in features.items()}).argmax(1)
+            for start in range(0, len(labels), _ROWS)
+        ]
+        right = torch.cat(parts).to(labels.device) == labels
+        remaining = torch.bincount(labels[right], minlength=ensemble.num_classes)
+        kept = torch.where(right | (remaining[labels.clamp(min=0)] == 0))[0]
+        own = {name: f[kept.to(f.device)] for name, f in features.items()}
+        ensemble = _fit(own, labels[kept], ensemble.num_classes, x, y, mixing, **settings)
+    return ensemble
 
 
 def _mixture_weights(probability: Tensor) -> Tensor:

@@ -97,7 +97,8 @@ def whiten(covariance: Tensor, total: Tensor) -> Tensor:
     largest = values.max() if len(live) else 1.0
     values = values.clamp(min=_FLOOR * largest) if largest > 0 else torch.full_like(values, _FLOOR)
     whitening = covariance.new_zeros(len(live), len(covariance))
-    whitening[:, live] = (vectors / values.sqrt()).T / deviation
+    # the symmetric root: it is the same for whatever signs and directions of equal variance the eigenvectors come with
+    whitening[:, live] = (vectors / values.sqrt()) @ vectors.T / deviation
     return whitening
 
 

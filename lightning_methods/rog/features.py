@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     IterableDataset,
     RandomSampler,
@@ -64,6 +65,8 @@ class Reader:
     taps: FeatureTaps
     inputs: Selector = None
     labels: Selector = None
+    #: from features and labels of a batch to what is kept in place of the features, rows `(n, k)` by name
+    reduce: Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]] | None = None
 
 
 def mean_pool(x: Tensor) -> Tensor:
@@ -84,26 +87,22 @@ def in_order(loader: Any) -> tuple[Any, Tensor | None]:
     sampler = loader.sampler
     if isinstance(sampler, SubsetRandomSampler):
         places = torch.as_tensor(sorted(int(i) for i in sampler.indices))
-    elif loader.batch_sampler is None or isinstance(sampler, _WHOLE):
+    elif loader.batch_size is None or isinstance(sampler, _WHOLE):
         places = torch.arange(len(dataset))
     else:
         places = torch.as_tensor(sorted({int(i) for i in sampler}))
     own = places[rank() :: world_size()]
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 128
     workers: dict[str, Any] = {"num_workers": loader.num_workers, "pin_memory": loader.pin_memory}
     if loader.num_workers:
         workers |= {"multiprocessing_context": loader.multiprocessing_context, "timeout": loader.timeout}
+    workers |= {"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn}
+    if loader.batch_size is None and loader.batch_sampler is None and not isinstance(sampler, BatchSampler):
+        return DataLoader(Subset(dataset, own.tolist()), batch_size=None, **workers), None  # an item is a whole batch
+    if isinstance(sampler, BatchSampler):  # which asks the dataset for whole batches
+        return DataLoader(dataset, None, sampler=BatchSampler(own.tolist(), sampler.batch_size, False), **workers), own
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 128
     whole = len(own) == len(dataset)
-    return (
-        DataLoader(
-            dataset if whole else Subset(dataset, own.tolist()),
-            batch_size=size,
-            collate_fn=loader.collate_fn,
-            worker_init_fn=loader.worker_init_fn,
-            **workers,
-        ),
-        own,
-    )
+    return DataLoader(dataset if whole else Subset(dataset, own.tolist()), batch_size=size, **workers), own
 
 
 def varies(dataset: Any) -> bool:
@@ -166,7 +165,8 @@ def collect(
                     if labelled
                     else torch.full((len(logits),), -1)
                 )
-                kept.add(features, labels, logits, index + offset)
+                rows = features if reader.reduce is None else reader.reduce(features, labels)
+                kept.add(rows, labels, logits, index + offset)
         offset += len(loader.dataset) if _sized(getattr(loader, "dataset", None)) else 1 << 32
     return kept.joined(pl_module.device, keep_unlabelled=not labelled)
 
@@ -309,7 +309,8 @@ def _fewer(table: dict[str, Tensor], quota: int, seed: int) -> dict[str, Tensor]
 
 def _mixed(index: Tensor, seed: int) -> Tensor:
     """Return a well mixed number for each index (the finaliser of splitmix64)."""
-    z = index + (seed + 1) * -7046029254386353131  # arithmetic modulo 2^64
+    offset = (seed + 1) * -7046029254386353131 % 2**64  # all arithmetic is modulo 2^64, and signed
+    z = index + (offset - 2**64 if offset >= 2**63 else offset)
     z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * -4658895280553007687
     z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * -7723592293110705685
     return z ^ ((z >> 31) & ((1 << 33) - 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from scipy.stats import chi2
@@ -36,6 +37,7 @@ def consistency_factor(alpha: float | Sequence[float], dim: int) -> float | list
     return float(factors) if factors.ndim == 0 else factors.tolist()
 
 
+@lru_cache(maxsize=64)
 def inlier_bound(share: float, dim: int) -> float:
     """Return the squared distance within which a share of a `dim`-dimensional normal distribution lies."""
     return float(chi2.ppf(share, dim))

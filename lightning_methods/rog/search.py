@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_methods.rog.csteps import Packed, State, concentrate, estimate, squared_distances
+from lightning_methods.rog.csteps import Packed, State, concentrate, estimate, smallest, squared_distances
 from lightning_methods.rog.functional import consistency_factor, inlier_bound
-from lightning_methods.rog.starts import DETERMINISTIC, median_start, random_start
+from lightning_methods.rog.starts import DETERMINISTIC, lower_median, median_start, random_start
 
 Selection = Literal["robust", "determinant"]
 
 _QUANTILE = 0.975  # what is further away is no inlier
 _FIRST_STEPS = 2  # of every random start, before the best is chosen (Rousseeuw and Van Driessen 1999)
+_SUBSAMPLE, _WORTH = 1500, 1.5  # points that random starts are tried on, and how many more make that worth while
 _SMALL = 5  # a class of fewer points than this times the dimension is small
 _COPIES = 5  # of the packed points that a step holds at once, at most
+_CACHE = 32 << 20  # bytes worked on at once by a CPU: more classes than its caches hold together gain nothing
 _SAMPLING_ERRORS = 3.0
 
 
@@ -127,10 +130,11 @@ class Search:
         """Yield classes of similar size together, as many as the memory allows."""
         h, rho = self.kept(), self._shrinkages()
         bytes_a_point = _COPIES * self.dim * torch.finfo(self.dtype).bits // 8
+        most = min(self.max_bytes, _CACHE) if self.x.device.type == "cpu" else self.max_bytes
         waiting = [c for c in self.sizes.argsort(descending=True, stable=True).tolist() if self.sizes[c] > 0]
         while waiting:
             longest = int(self.sizes[waiting[0]])
-            fitting = waiting[: max(self.max_bytes // (longest * bytes_a_point), 1)]
+            fitting = waiting[: max(most // (longest * bytes_a_point), 1)]
             # a class that would be filled up to more than twice its size waits
             chosen = [c for c in fitting if 2 * int(self.sizes[c]) >= longest]
             waiting = waiting[len(chosen) :]
@@ -139,8 +143,8 @@ class Search:
             real = column < self.sizes[classes][:, None]
             places = self.order[torch.where(real, self.offsets[classes][:, None] + column, 0)]
             points = self.x[places].to(self.dtype)
-            origin = points.masked_fill(~real[:, :, None], torch.nan).nanmedian(dim=1).values
-            points = (points - origin[:, None, :]).masked_fill_(~real[:, :, None], 0.0)
+            origin = lower_median(points, real)[:, 0]
+            points.sub_(origin[:, None, :]).masked_fill_(~real[:, :, None], 0.0)
             packed = Packed(points, real, h[classes], self.target, rho[classes], self.settings.ridge)
             yield _Chunk(classes, places, packed, origin)
 
@@ -149,11 +153,26 @@ class Search:
         steps = self.settings.max_steps
         starts = [start for start in self.settings.starts if start in DETERMINISTIC]
         found = [concentrate(packed, estimate(packed, DETERMINISTIC[start](packed)), steps) for start in starts]
-        first = min(_FIRST_STEPS, steps)
-        tried = [concentrate(packed, estimate(packed, random_start(packed, p)), first) for p in priorities]
-        if tried:
-            found.append(concentrate(packed, _lowest(tried, [state.logdet for state in tried]), steps - first))
+        if priorities:
+            found.append(self._from_random(packed, priorities))
         return found
+
+    def _from_random(self, packed: Packed, priorities: list[Tensor]) -> State:
+        """Return where the best of the random starts leads, searched among part of the points where there are many."""
+        most, steps = max(_SUBSAMPLE, _SMALL * self.dim), self.settings.max_steps
+        first = min(_FIRST_STEPS, steps)
+        part, whole = packed, packed.x.shape[1] <= _WORTH * most
+        if not whole:
+            part, places = packed.thinned(priorities[0], most)
+            priorities = [p.gather(1, places) for p in priorities]
+        tried = [concentrate(part, estimate(part, random_start(part, p)), first) for p in priorities]
+        best = concentrate(part, _lowest(tried, [state.logdet for state in tried]), steps - first)
+        if whole:
+            return best
+        everywhere = smallest(squared_distances(packed, best), packed.h)
+        return concentrate(
+            packed, estimate(packed, everywhere, best.added, best.steps), max(steps - int(best.steps.max()), 1)
+        )
 
     def _best(self, packed: Packed, candidates: list[State]) -> State:
         """Return the candidate of the lowest determinant; with `robust`, among those whose inliers spread least."""
@@ -176,10 +195,7 @@ class Search:
         return state.support | (near & (packed.h < packed.real.sum(1))[:, None]), squared
 
     def _factors(self, packed: Packed) -> list[float]:
-        share = packed.h / packed.real.sum(1)
-        factors = consistency_factor(share.tolist(), self.dim)
-        assert isinstance(factors, list)
-        return factors
+        return list(_factors_of(tuple((packed.h / packed.real.sum(1)).tolist()), self.dim))
 
     def _finished(self, packed: Packed, best: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return location, covariance, inliers and squared distances of the chosen states."""
@@ -194,6 +210,13 @@ class Search:
         if not self.settings.consistency:
             factor = torch.ones_like(factor)
         return final.location, final.scatter * factor[:, None, None], inside, squared / factor[:, None]
+
+
+@lru_cache(maxsize=64)
+def _factors_of(shares: tuple[float, ...], dim: int) -> list[float]:
+    factors = consistency_factor(shares, dim)
+    assert isinstance(factors, list)
+    return factors
 
 
 def _lowest(candidates: list[State], scores: list[Tensor]) -> State:

@@ -1,13 +1,16 @@
-"""What the callback asks of the module and the trainer around it."""
+"""What the callback asks of the module, the trainer and the data around it, and what it says of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_methods.core._lightning import rank_zero_warn
 from lightning_methods.core.layers import named_layers_first
-from lightning_methods.errors import LayerNotFound
+from lightning_methods.errors import LayerNotFound, NoEffect
+from lightning_methods.rog.features import Collected, in_order, varies
 
 _LAST_LAYERS = 4  # how many blocks before the classifier are used if none are named
 
@@ -72,3 +75,35 @@ def fingerprint(module: nn.Module) -> list[float]:
             wide = value.detach().cpu().double()
             totals = [totals[0] + float(wide.sum()), totals[1] + float(wide.abs().sum())]
     return totals
+
+
+def say_if_augmented(loaders: Iterable[Any]) -> bool:
+    """Tell, and warn, whether the samples come out differently each time, which widens every class."""
+    found = any(varies(getattr(in_order(one)[0], "dataset", None)) for one in loaders)
+    if found:
+        rank_zero_warn(
+            "The training data give another input each time a sample is read: they are augmented at random. "
+            "Pass train= a dataloader of the same samples without augmentation for a better fit."
+        )
+    return found
+
+
+def say_if_useless(values: dict[str, float], *, prefers_softmax: bool) -> None:
+    """Warn where the network itself agrees better with the labels of the validation split."""
+    if prefers_softmax or values["fit/accuracy"] < values["fit/softmax"]:
+        rank_zero_warn(
+            f"RoG does not help here: on the validation split the network itself reaches "
+            f"{100 * values['fit/softmax']:.1f}%, the generative classifiers {100 * values['fit/accuracy']:.1f}%.",
+            category=NoEffect,
+        )
+
+
+def say_what_is_missing(found: Collected) -> None:
+    """Warn of samples that were not used."""
+    if found.left_out:
+        rank_zero_warn(
+            f"RobustGenerativeClassifier uses {len(found.labels)} training samples and leaves out {found.left_out}. "
+            f"Raise max_per_class or max_feature_bytes for more."
+        )
+    if found.dropped:
+        rank_zero_warn(f"{found.dropped} training samples have no label from 0 to C - 1 and are left out.")

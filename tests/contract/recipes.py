@@ -381,7 +381,7 @@ RECIPES = [
         probe=True,
         scalars=("rog/fit/accuracy", "rog/fit/softmax", "rog/weight/first", "rog/noise_rate"),
         figures=("rog/transition", "rog/distances", "rog/weights", "rog/memorisation"),
-        tables=("rog/suspected_mislabels", "rog/layers"),
+        tables=("rog/suspected_mislabels", "rog/classes", "rog/layers"),
     ),
     Recipe(
         "scattering-classifier",

@@ -158,6 +158,8 @@ def test_state_dict_round_trip(graphs):
         (lambda: ScatteringEncoder(1, J=0), InvalidArgument, "J=0"),
         (lambda: ScatteringEncoder(1)(torch.rand(3, 2), path_graph(3)), ShapeMismatch, r"\(n, 1\)"),
         (lambda: ScatteringEncoder(1)(torch.rand(2), path_graph(3)), InvalidArgument, "there are 2 nodes"),
+        (lambda: ScatteringEncoder(1)(torch.tensor([1, torch.nan, 2]), path_graph(3)), InvalidArgument, "node 1"),
+        (lambda: ScatteringEncoder(1)(torch.tensor([1, 2, torch.inf]), path_graph(3)), InvalidArgument, "node 2"),
     ],
 )
 def test_bad_input(call, error, says):

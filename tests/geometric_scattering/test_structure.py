@@ -8,9 +8,11 @@ import torch
 
 from lightning_methods.errors import InvalidArgument, ShapeMismatch
 from lightning_methods.geometric_scattering import structure
+from lightning_methods.geometric_scattering.functional import transition
 from lightning_methods.geometric_scattering.structure import clustering_coefficient, degree, eccentricity
 from tests.geometric_scattering.oracle import undirected
 
+FUNCTIONS = {"eccentricity": eccentricity, "degree": degree, "clustering": clustering_coefficient}
 GRAPHS = {
     "alone": nx.empty_graph(1),
     "edge": nx.path_graph(2),
@@ -45,7 +47,7 @@ def expected(graph: nx.Graph, what: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", GRAPHS)
 def test_one_graph(name, what):
     graph = GRAPHS[name]
-    found = structure.SIGNALS[what](edges_of(graph), None, len(graph))
+    found = FUNCTIONS[what](edges_of(graph), None, len(graph))
     assert torch.allclose(found, expected(graph, what), rtol=1e-12)
 
 
@@ -63,7 +65,7 @@ def test_many_graphs_in_any_order_of_nodes(what, elements, monkeypatch):
     order = torch.randperm(len(batch))
     place = torch.argsort(order)
     edges = place[edges][:, torch.randperm(edges.shape[1])]
-    found = structure.SIGNALS[what](edges, batch[order], None)
+    found = FUNCTIONS[what](edges, batch[order], None)
     assert torch.allclose(found, together[order], rtol=1e-12)
 
 
@@ -73,7 +75,7 @@ def test_both_ways_agree(what, dense, monkeypatch):
     monkeypatch.setattr(structure, "_DENSE_FACTOR", dense)
     monkeypatch.setattr(structure, "_SMALL_NODES", dense)
     for graph in GRAPHS.values():
-        found = structure.SIGNALS[what](edges_of(graph), None, len(graph))
+        found = FUNCTIONS[what](edges_of(graph), None, len(graph))
         assert torch.allclose(found, expected(graph, what), rtol=1e-12)
 
 
@@ -86,7 +88,7 @@ def test_loops_and_repeated_edges_do_not_count():
 
 def test_nodes_beyond_the_last_edge_and_no_graph_at_all():
     edges = undirected([(0, 1)])
-    for signal in structure.SIGNALS.values():
+    for signal in FUNCTIONS.values():
         assert signal(edges, None, 4)[2:].tolist() == [0, 0]
         assert signal(torch.zeros(2, 0, dtype=torch.int64), None, 0).shape == (0,)
 
@@ -96,3 +98,32 @@ def test_bad_input():
         eccentricity(undirected([(0, 5)]), None, 2)
     with pytest.raises(ShapeMismatch, match="4 nodes"):
         eccentricity(undirected([(0, 1)]), torch.zeros(3, dtype=torch.int64), 4)
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_graphs_of_several_parts(scattered):
+    # a path of 3, a path of 2 beside a node alone, a pair, and a graph of one node
+    edges = torch.tensor([[0, 1, 1, 2, 3, 4, 6, 7], [1, 0, 2, 1, 4, 3, 7, 6]])
+    batch = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3])
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0)) if scattered else torch.arange(9)
+    place = torch.argsort(order)
+    edges, batch = place[edges], batch[order]
+    zero = eccentricity(edges, batch, disconnected="zero")
+    assert zero[place].tolist() == [2, 1, 2, 0, 0, 0, 1, 1, 0]
+    assert eccentricity(edges, batch)[place].tolist() == [2, 1, 2, 1, 1, 0, 1, 1, 0]
+    with pytest.raises(InvalidArgument, match="3 nodes are"):
+        eccentricity(edges, batch, disconnected="error")
+    connected = eccentricity(torch.tensor([[0, 1], [1, 0]]), torch.tensor([0, 0, 1]), disconnected="error")
+    assert connected.tolist() == [1, 1, 0]
+    assert eccentricity(torch.zeros(2, 0, dtype=torch.int64), num_nodes=0, disconnected="error").shape == (0,)
+    with pytest.raises(InvalidArgument, match="component"):
+        eccentricity(edges, batch, disconnected="part")
+
+
+def test_several_signals_are_those_one_by_one():
+    edges = undirected([(0, 1), (1, 2), (2, 0), (2, 3), (4, 5)])
+    batch = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    for simple in (False, True):
+        found = structure.structural_signals(list(FUNCTIONS), transition(edges, None, 7)[0], batch, 7, simple=simple)
+        for name, function in FUNCTIONS.items():
+            assert torch.equal(found[name], function(edges, batch, 7))

@@ -15,12 +15,13 @@ from lightning_methods.geometric_scattering import (
     ClusteringCoefficient,
     Eccentricity,
     GeometricScattering,
+    ScatteringEncoder,
     clustering_coefficient,
     degree,
     eccentricity,
 )
 from tests.geometric_scattering import oracle
-from tests.geometric_scattering.oracle import complete, path_graph, random_graph, star
+from tests.geometric_scattering.oracle import complete, path_graph, random_graph, star, undirected
 
 
 def graphs() -> list[Data]:
@@ -112,12 +113,45 @@ def test_weights_and_settings_matter():
 def test_directed_edges_are_told_once():
     graph = Data(edge_index=torch.tensor([[0, 1], [1, 2]]), x=torch.rand(3, 1))
     transform = GeometricScattering()
-    with pytest.warns(LightningMethodsWarning, match="ToUndirected"):
+    with pytest.warns(LightningMethodsWarning, match="to_undirected=True"):
         transform(graph)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         transform(graph)
         GeometricScattering()(Data(edge_index=complete(4)[:, torch.randperm(12)], x=torch.rand(4, 1)))
+
+
+def test_directed_edges_can_go_both_ways():
+    one_way = Data(edge_index=torch.tensor([[0, 1, 2], [1, 2, 0]]), x=torch.rand(3, 1), num_nodes=3)
+    both = Data(edge_index=undirected([(0, 1), (1, 2), (0, 2)]), x=one_way.x)
+    settings = {"signals": ("x", "eccentricity"), "normalized": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = GeometricScattering(**settings, to_undirected=True).features(one_way)
+    torch.testing.assert_close(ours, GeometricScattering(**settings).features(both))
+    one_way.edge_weight, both.edge_weight = torch.tensor([1.0, 2, 3]), torch.tensor([1.0, 2, 3, 1, 2, 3])
+    ours = GeometricScattering(**settings, to_undirected=True).features(one_way)
+    torch.testing.assert_close(ours, GeometricScattering(**settings).features(both))
+
+
+def test_parts_of_a_graph_as_asked_for():
+    apart = Data(edge_index=torch.tensor([[0, 1], [1, 0]]), num_nodes=3)
+    assert Eccentricity(disconnected="zero")(apart).x.flatten().tolist() == [0, 0, 0]
+    assert Eccentricity()(apart).x.flatten().tolist() == [1, 1, 0]
+    with pytest.raises(InvalidArgument, match="not connected"):
+        Eccentricity(disconnected="error")(apart)
+    with pytest.raises(InvalidArgument, match="component"):
+        Eccentricity(disconnected="none")
+
+
+@pytest.mark.parametrize("make", [lambda **s: GeometricScattering(**s), lambda **s: ScatteringEncoder(1, **s)])
+def test_normalised_moments_above_the_fourth_are_told(make):
+    with pytest.warns(LightningMethodsWarning, match="Q=5"):
+        make(Q=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(Q=5, normalized=False)
+        make(Q=4)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -143,6 +177,12 @@ def test_signals_that_are_not_finite(bad):
         (lambda g: GeometricScattering()(Data(x=g.x)), BatchFormat, "no edge_index"),
         (lambda g: GeometricScattering()(Data(edge_index=g.edge_index, x=torch.rand(4, 1, 1))), BatchFormat, "nodes"),
         (lambda g: GeometricScattering().transform_dataset([g], batch_nodes=0), InvalidArgument, "batch_nodes=0"),
+        (lambda g: GeometricScattering().dataset_features([]), InvalidArgument, "no graph"),
+        (
+            lambda g: GeometricScattering()(Data(edge_index=g.edge_index, x=torch.rand(2, 1))),
+            InvalidArgument,
+            "2 nodes",
+        ),
     ],
 )
 def test_bad_input(call, error, says):

@@ -24,6 +24,7 @@ from lightning_methods.errors import (
 )
 from lightning_methods.importance_weighting import LabelShift, balanced_weights, poly_tail_loss
 from lightning_methods.importance_weighting.datasets import dataset_labels
+from lightning_methods.importance_weighting.functions import LOSSES, thread
 from lightning_methods.snnl import SoftNearestNeighborLoss
 from tests.support.processes import run_ranks
 from tests.support.training import (
@@ -652,6 +653,19 @@ def test_the_first_epochs_of_an_estimate_are_unweighted_and_a_resumed_one_goes_o
         lambda: ImportanceWeighting(W, start_epoch=-1),
         lambda: ImportanceWeighting(W, schedule=lambda e: 1.0, warmup_epochs=2),
         lambda: ImportanceWeighting(W, class_counts=[1, -1, 2]),
+        lambda: ImportanceWeighting(W, class_counts=[0, 0, 0]),
+        lambda: ImportanceWeighting([1.0, float("inf")]),
+        lambda: ImportanceWeighting([[1.0, 2.0]]),
+        lambda: ImportanceWeighting(3.0),
+        lambda: ImportanceWeighting({0: 1.0, 1: 2.0}),
+        lambda: ImportanceWeighting(W, exponent="2"),
+        lambda: ImportanceWeighting(W, clip=3.0),
+        lambda: ImportanceWeighting(W, clip=(float("nan"), 1.0)),
+        lambda: ImportanceWeighting(W, start_epoch=1.5),
+        lambda: ImportanceWeighting(W, warmup_epochs=float("nan")),
+        lambda: ImportanceWeighting(W, schedule=0.5),
+        lambda: ImportanceWeighting(sample_weights=1, mean_weight="1"),
+        lambda: ImportanceWeighting(W, normalize=None),
     ],
 )
 def test_settings_outside_of_their_range(make):
@@ -659,20 +673,172 @@ def test_settings_outside_of_their_range(make):
         make()
 
 
+def test_class_counts_are_as_many_as_the_weights():
+    with pytest.raises(ShapeMismatch, match="class_counts of 2"):
+        ImportanceWeighting(W, class_counts=[1, 2])
+    with pytest.raises(ShapeMismatch, match="one number for each class"):
+        ImportanceWeighting("balanced", class_counts=[[1, 2]])
+
+
+MODES = ({}, {"mode": "module"}, {"mode": "gradient", "head": "head"})
+
+
+class CriterionModule(TinyModule):
+    """With a loss module of torch."""
+
+    def __init__(self, settings=None, criterion=None):
+        super().__init__(settings)
+        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+
+    def own_loss(self, z, y):
+        return self.criterion(z, y)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("weights", [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0]], ids=len)
+def test_another_number_of_weights_than_classes_in_every_mode(tmp_path, mode, weights):
+    with pytest.raises(ShapeMismatch, match=f"{len(weights)} class weights and 3 logits"):
+        trained(tmp_path, CriterionModule, [ImportanceWeighting(weights, **mode)])
+    own = {"criterion": PolyTailLoss()}
+    if mode != MODES[2]:
+        with pytest.raises((ShapeMismatch, InvalidArgument)):
+            trained(tmp_path, make=lambda: CriterionModule(**own), callbacks=[ImportanceWeighting(weights, **mode)])
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_ignored_labels_in_every_mode(tmp_path, mode):
+    x, y = made_data().tensors
+    ignored = torch.where(torch.arange(40) % 5 == 0, -100, y)
+
+    class Ignoring(TinyModule):
+        def own_loss(self, z, y):
+            kept = y >= 0
+            return (MEAN1[y[kept]] * F.cross_entropy(z[kept], y[kept], reduction="none")).mean()
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    kind = type("Ignores", (CriterionModule,), {"validation_step": Ignoring.validation_step})
+    data = DataLoader(TensorDataset(x, ignored), 8)
+    ours = trained(tmp_path, kind, [ImportanceWeighting(W, class_counts=[1, 1, 1], **mode)], data)
+    assert largest_difference(ours, trained(tmp_path, Ignoring, data=data)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda: nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 2.0])),
+        lambda: nn.CrossEntropyLoss(label_smoothing=0.2),
+        lambda: nn.CrossEntropyLoss(reduction="sum"),
+        lambda: nn.CrossEntropyLoss(ignore_index=1),
+    ],
+    ids=range(4),
+)
+def test_mode_module_is_mode_function_for_the_losses_of_torch(tmp_path, criterion):
+    by_module, by_function = (
+        trained(
+            tmp_path,
+            make=lambda: CriterionModule(criterion=criterion()),
+            callbacks=[ImportanceWeighting(W, mode=mode, match=match)],
+        )
+        for mode, match in (("module", "criterion"), ("function", "auto"))
+    )
+    assert_identical(by_module, by_function)
+    assert not by_module.criterion._forward_hooks
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda backend: torch.compile(nn.CrossEntropyLoss(ignore_index=0), backend=backend),
+        lambda backend: torch.compile(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 2.0])), backend=backend),
+    ],
+    ids=["ignore_index", "own weights"],
+)
+def test_a_compiled_loss_module_in_mode_module(tmp_path, criterion, backend):
+    torch._dynamo.reset()
+    compiled = trained(
+        tmp_path,
+        make=lambda: CriterionModule(criterion=criterion(backend)),
+        callbacks=[ImportanceWeighting(W, mode="module")],
+    )
+    plain = trained(
+        tmp_path,
+        make=lambda: CriterionModule(criterion=criterion(backend)._orig_mod),
+        callbacks=[ImportanceWeighting(W, mode="function")],
+    )
+    pairs = zip(compiled.state_dict().values(), plain.state_dict().values(), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+def test_batches_of_weight_zero_are_right_but_not_whole_epochs_of_them(tmp_path):
+    def of_batch(batch):
+        return (batch[1] == 0).double()  # some batches have none
+
+    trained(tmp_path, callbacks=[ImportanceWeighting(sample_weights=of_batch, mean_weight=1.0)])
+    for mode in ({}, {"normalize": "batch"}, {"mode": "gradient", "head": "head"}):
+        weighting = ImportanceWeighting(sample_weights=lambda b: 0 * b[0][:, 0], mean_weight=1.0, **mode)
+        with pytest.raises(InvalidArgument, match="all samples of epoch 0 are 0"):
+            trained(tmp_path, callbacks=[weighting])
+
+
+def test_balanced_leaves_ignored_labels_out(tmp_path):
+    x, y = made_data().tensors
+    ignored = TensorDataset(x, torch.where(torch.arange(40) % 4 == 0, -100, y))
+    counts = torch.bincount(y[torch.arange(40) % 4 != 0]).double()
+    for data in (ignored, Silent(ignored)):
+        weighting = ImportanceWeighting("balanced")
+        trained(tmp_path, callbacks=[weighting], data=DataLoader(data, 8))
+        assert torch.allclose(weighting.weights.table, balanced_weights(counts))
+    with pytest.raises(InvalidArgument, match="are none"):
+        trained(
+            tmp_path,
+            callbacks=[ImportanceWeighting("balanced")],
+            data=DataLoader(TensorDataset(x, torch.full_like(y, -100)), 8),
+        )
+
+
+def test_sample_weights_that_do_not_fit_in_gradient_mode(tmp_path):
+    weighting = ImportanceWeighting(
+        sample_weights=lambda b: torch.ones(3), mean_weight=1.0, mode="gradient", head="head"
+    )
+    with pytest.raises(ShapeMismatch, match=r"\(3,\) for 8 samples"):
+        trained(tmp_path, callbacks=[weighting])
+
+
+def test_sample_weights_of_a_regression_in_gradient_mode(tmp_path):
+    x, _ = made_data().tensors
+    data = DataLoader(TensorDataset(x, torch.randn(40, 3), SAMPLES), 8)
+
+    class Regression(TinyModule):
+        def training_step(self, batch, batch_idx):
+            return F.mse_loss(self(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    class RegressionByHand(Regression):
+        def training_step(self, batch, batch_idx):
+            w = batch[2] / SAMPLES.double().mean().float()
+            return (w[:, None] * F.mse_loss(self(batch[0]), batch[1], reduction="none")).mean()
+
+    expected = trained(tmp_path, RegressionByHand, data=data)
+    for mode in ({}, {"mode": "gradient", "head": "head"}):
+        ours = trained(tmp_path, Regression, [ImportanceWeighting(sample_weights=2, **mode)], data)
+        assert largest_difference(ours, expected) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("callback", "error", "match"),
     [
         (lambda: ImportanceWeighting([1.0, 2.0]), ShapeMismatch, "2 class weights and 3 logits"),
-        (lambda: ImportanceWeighting(W, class_counts=[1, 2]), ShapeMismatch, "class_counts of 2"),
         (lambda: ImportanceWeighting(sample_weights=2), BatchFormat, "sample_weights=2"),
         (lambda: ImportanceWeighting(W, schedule=lambda e: 2.0), InvalidArgument, "from 0 to 1"),
         (lambda: ImportanceWeighting(sample_weights=lambda b: 0 * b[0][:, 0]), InvalidArgument, "all 0"),
-        (lambda: ImportanceWeighting([0.0, 1.0, 2.0], clip=(0.0, 1e-9), exponent=0.0), InvalidArgument, None),
     ],
 )
 def test_what_a_training_refuses_leaves_the_module_as_it_was(tmp_path, callback, error, match):
-    if match is None:  # clipped to next to nothing is still a weighting of equal classes
-        return
     torch.manual_seed(1)
     module, before = TinyModule(), fingerprint(TinyModule())
     with pytest.raises(error, match=match):
@@ -681,10 +847,42 @@ def test_what_a_training_refuses_leaves_the_module_as_it_was(tmp_path, callback,
     assert fingerprint(module)["hooks"] == before["hooks"] == {}
 
 
+def test_the_loss_functions_of_torch_are_what_they_were(tmp_path):
+    """After a fit, after a crash in it, after a refused one, and in a fit that another one has crashed before."""
+    before = [function.__code__ for function in LOSSES]
+    weighting = ImportanceWeighting(W)
+    first = trained(tmp_path, callbacks=[weighting])
+    assert all(f.__code__ is code for f, code in zip(LOSSES, before, strict=True))
+
+    def crash(*_):
+        raise ZeroDivisionError
+
+    for callbacks in ([weighting, At(3, crash)], [ImportanceWeighting([1.0, 2.0])]):
+        with pytest.raises((ZeroDivisionError, ShapeMismatch)):
+            trained(tmp_path, callbacks=callbacks)
+        assert all(f.__code__ is code for f, code in zip(LOSSES, before, strict=True))
+        assert thread.catcher is None
+    assert_identical(trained(tmp_path, callbacks=[weighting]), first)
+
+
+def test_functions_outside_of_the_step_are_as_ever(tmp_path):
+    found = []
+
+    class Outside(TinyModule):
+        def on_train_batch_end(self, *_):
+            found.append(float(F.cross_entropy(torch.eye(3), torch.arange(3))))
+
+    trained(tmp_path, Outside, [ImportanceWeighting(W)])
+    assert set(found) == {float(F.cross_entropy(torch.eye(3), torch.arange(3)))}
+
+
 def test_two_of_them(tmp_path):
-    callbacks = [ImportanceWeighting(W), ImportanceWeighting(sample_weights=2)]
-    with pytest.raises(InvalidArgument, match="two ImportanceWeighting"):
-        trained(tmp_path, callbacks=callbacks)
+    for other in (ImportanceWeighting(sample_weights=2), ImportanceWeighting([1.0, 2.0, 5.0], normalize="none")):
+        with pytest.raises(InvalidArgument, match="two ImportanceWeighting"):
+            trained(tmp_path, callbacks=[ImportanceWeighting(W), other])
+    # two that are alike are refused as soon as the Trainer is made, by Lightning itself
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `ImportanceWeighting`"):
+        quiet_trainer(tmp_path, callbacks=[ImportanceWeighting(W), ImportanceWeighting(W)])
 
 
 def test_the_pass_over_the_data_refuses_what_it_would_disturb(tmp_path):

@@ -72,7 +72,18 @@ def test_class_balanced_weights_reach_from_equal_to_balanced():
     assert class_balanced_weights([5, 0], 0.9).tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("beta", [-0.1, 1.0, math.nan])
+def test_counts_and_weights_of_classes_are_one_number_each():
+    for function in (balanced_weights, class_balanced_weights, normalized_weights):
+        for bad in ([[1.0, 2.0]], 3.0):
+            with pytest.raises(ShapeMismatch, match="one number for each class"):
+                function(bad)
+        for bad in ([-1.0, 2.0], [math.nan, 1.0], [0.0, 0.0], [], torch.ones(2, dtype=torch.complex64)):
+            with pytest.raises(InvalidArgument):
+                function(bad)
+    assert normalized_weights([1, 3]).tolist() == [0.5, 1.5]
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.0, math.nan, "0.9", None])
 def test_bad_beta(beta):
     with pytest.raises(InvalidArgument, match="beta"):
         class_balanced_weights([1, 2], beta)
@@ -107,6 +118,47 @@ def test_margins_refuse_what_does_not_fit():
         margins(torch.zeros(2, 2), torch.zeros(2))
     with pytest.raises(ShapeMismatch):
         margins(torch.zeros(2, 2, 2), torch.zeros(2, dtype=torch.long))
+    for bad in (math.nan, math.inf):
+        with pytest.raises(InvalidArgument, match="not all finite"):
+            margins(torch.full((2, 2), bad), torch.zeros(2, dtype=torch.long))
+
+
+HALF, ONES, PAIR = torch.tensor([0.5, 0.5]), torch.ones(2), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("probability", "weights", "labels", "error"),
+    [
+        (HALF, ONES[:1], PAIR, ShapeMismatch),
+        (HALF[:, None], ONES, PAIR, ShapeMismatch),
+        (HALF, ONES, PAIR[:1], ShapeMismatch),
+        (HALF * math.nan, ONES, PAIR, InvalidArgument),
+        (HALF * 3, ONES, PAIR, InvalidArgument),
+        (HALF, -ONES, PAIR, InvalidArgument),
+        (HALF, ONES * math.inf, PAIR, InvalidArgument),
+        (HALF, ONES, PAIR + 1, InvalidArgument),
+        (HALF, ONES, PAIR - 1, InvalidArgument),
+        (HALF, ONES, PAIR.float(), InvalidArgument),
+    ],
+)
+def test_gradient_share_refuses_what_it_would_count_wrongly(probability, weights, labels, error):
+    with pytest.raises(error):
+        gradient_share(probability, weights, labels, 2)
+
+
+@pytest.mark.parametrize(
+    ("weights", "margin", "error"),
+    [
+        (ONES, ONES[:1], ShapeMismatch),
+        (-ONES, ONES, InvalidArgument),
+        (ONES * math.nan, ONES, InvalidArgument),
+        (ONES, ONES * math.nan, InvalidArgument),
+        (ONES, ONES * math.inf, InvalidArgument),
+    ],
+)
+def test_boundary_shift_refuses_what_means_nothing(weights, margin, error):
+    with pytest.raises(error):
+        boundary_shift(weights, margin)
 
 
 def test_the_share_of_the_gradient_is_the_intended_one_until_something_is_fitted():

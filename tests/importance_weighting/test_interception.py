@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
+import pickle
+import threading
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.functional import cross_entropy as imported_by_name
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from lightning_methods.errors import BatchFormat, InvalidArgument, ShapeMismatch
-from lightning_methods.importance_weighting.interception import LOSSES, LossInterception, ModuleInterception
+from lightning_methods.importance_weighting.functions import LOSSES, StandIns, thread
+from lightning_methods.importance_weighting.interception import LossInterception, ModuleInterception
 from lightning_methods.importance_weighting.weights import BatchWeights
 
 CARD_LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, 0.3], [-1.0, 3.0, 0.0]], dtype=torch.float64)
@@ -25,12 +31,22 @@ class Weighted:
     def __init__(self, table=None, *, normalize="none", match="auto", batch=None, labels=None, samples=None):
         self.weights = BatchWeights(normalize, match, labels, samples, lambda w: w)
         self.weights.set_table(None if table is None else torch.as_tensor(table, dtype=torch.float64), 1.0)
-        self.batch = batch
+        self.batch, self.stand_ins = batch, StandIns()
 
     def __call__(self, function):
+        first, again = self.once(function), self.once(function)
+        # the second time the weights are at hand, and the call may go the quick way: to the same bits
+        assert torch.allclose(first, again, rtol=0, atol=0, equal_nan=True)
+        return again
+
+    def once(self, function):
+        self.stand_ins.put_in_place()
         self.weights.begin(self.batch, first=True)
-        with LossInterception(self.weights):
-            return function()
+        try:
+            with LossInterception(self.weights):
+                return function()
+        finally:
+            self.stand_ins.put_back()
 
 
 def leaf(*shape, kind=torch.float32, seed=0):
@@ -166,6 +182,229 @@ def test_a_compiled_loss_is_weighted_and_counted_or_neither(function, backend):
     found = other(lambda: compiled(x, Y))
     flipped = (W.flip(0)[Y] * F.cross_entropy(x, Y, reduction="none")).mean()
     assert torch.allclose(found, flipped if other.weights.hits else plain)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_loss_that_is_compiled_while_the_quick_way_is_open(backend):
+    x, weighted = leaf(6, 3), Weighted(W)
+    plain, by_hand = F.cross_entropy(x, Y), weighted(lambda: F.cross_entropy(x, Y))
+    assert weighted.weights.quick is not None
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, y: F.cross_entropy(x, y), backend=backend)
+    found = weighted.once(lambda: compiled(x, Y))
+    assert torch.allclose(found, by_hand if weighted.weights.hits else plain)
+    # and nothing of the weights has stayed in what was compiled
+    assert torch.equal(compiled(x, Y), plain)
+
+
+ALIASES = {
+    "partial": functools.partial(F.cross_entropy, label_smoothing=0.0),
+    "default argument": lambda x, y, loss=F.cross_entropy: loss(x, y),
+    "attribute": type("Holder", (), {"loss": staticmethod(F.cross_entropy)}).loss,
+    "in a list": [F.cross_entropy][0],
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_functions_that_were_bound_before(alias):
+    x, weighted = leaf(6, 3), Weighted(W)
+    by_hand = (W[Y] * F.cross_entropy(x, Y, reduction="none")).mean()
+    assert torch.equal(weighted(lambda: ALIASES[alias](x, Y)), by_hand)
+    assert weighted.weights.hits == 1
+
+
+def codes():
+    return [function.__code__ for function in LOSSES]
+
+
+def test_the_functions_are_what_they_were_afterwards():
+    before, names = codes(), set(vars(F))
+    one, other = StandIns(), StandIns()
+    one.put_in_place()
+    one.put_in_place()  # harmless
+    assert not set(map(id, before)) & set(map(id, codes()))
+    other.put_in_place()
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(other)))
+    copied.put_back()
+    one.put_back()
+    one.put_back()
+    assert codes()[0] is not before[0], "the other fit still needs them"
+    other.put_back()
+    assert all(a is b for a, b in zip(codes(), before, strict=True))
+    assert set(vars(F)) == names
+
+
+def test_code_that_somebody_else_has_put_there_stays():
+    def shifted(input, target, *args, **kwargs):
+        return torch.full((), 7.0)
+
+    before, stand_ins = F.l1_loss.__code__, StandIns()
+    try:
+        F.l1_loss.__code__ = shifted.__code__
+        stand_ins.put_in_place()
+        assert float(F.l1_loss(torch.zeros(2), torch.zeros(2))) == 7
+        stand_ins.put_back()
+        assert F.l1_loss.__code__ is shifted.__code__
+    finally:
+        F.l1_loss.__code__ = before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_in_place_but_not_caught_all_is_as_ever():
+    stand_ins = StandIns()
+    plain = {name: getattr(F, name)(*case(name)[:2], **case(name)[2]) for name in CALLS}
+    stand_ins.put_in_place()
+    try:
+        for name in CALLS:
+            assert torch.equal(getattr(F, name)(*case(name)[:2], **case(name)[2]), plain[name])
+        with pytest.raises(TypeError, match="cross_entropy"):
+            F.cross_entropy(leaf(2, 3))
+        assert torch.equal(torch.jit.trace(F.mse_loss, (torch.ones(2), torch.zeros(2)))(*torch.eye(2)), torch.ones(()))
+    finally:
+        stand_ins.put_back()
+
+
+def test_what_another_thread_computes_meanwhile_is_not_weighted():
+    x, weighted, found = leaf(6, 3), Weighted(W), {}
+    plain = F.cross_entropy(x, Y)
+
+    def other():
+        found["other"] = F.cross_entropy(leaf(6, 3), Y)
+
+    def step():
+        worker = threading.Thread(target=other)
+        worker.start()
+        worker.join()
+        return F.cross_entropy(x, Y)
+
+    assert torch.equal(weighted(step), (W[Y] * F.cross_entropy(x, Y, reduction="none")).mean())
+    assert torch.equal(found["other"], plain)
+    assert weighted.weights.hits == 1
+
+
+def test_two_threads_weight_their_own_losses():
+    x, start = leaf(6, 3), threading.Barrier(2)
+    tables, found = {0: W, 1: W.flip(0)}, {}
+
+    def work(i):
+        weighted = Weighted(tables[i])
+
+        def step():
+            start.wait(30)
+            return F.cross_entropy(x, Y)
+
+        found[i] = [weighted.once(step) for _ in range(50)]
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in tables]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for i, table in tables.items():
+        by_hand = (table[Y] * F.cross_entropy(x, Y, reduction="none")).mean()
+        assert all(torch.allclose(value, by_hand, rtol=1e-6) for value in found[i])
+
+
+def test_an_exception_in_the_step_leaves_nothing_behind():
+    weighted, before = Weighted(W), codes()
+    with pytest.raises(ZeroDivisionError):
+        weighted.once(lambda: 1 / 0)
+    with pytest.raises(ValueError, match="batch_size"):
+        weighted.once(lambda: F.cross_entropy(leaf(6, 3), Y[:2]))
+    assert thread.catcher is None
+    assert codes() == before
+
+
+class Traced(torch.Tensor):
+    """A tensor whose functions go through Python, and come back to the same function."""
+
+
+def test_subclasses_of_tensors_and_modes_are_weighted_once():
+    x = leaf(6, 3)
+    by_hand = (W[Y] * F.cross_entropy(x, Y, reduction="none")).mean()
+    weighted = Weighted(W)
+    got = weighted(lambda: F.cross_entropy(x.as_subclass(Traced), Y))
+    assert isinstance(got, Traced)
+    assert torch.equal(got.as_subclass(torch.Tensor), by_hand)
+    assert weighted.weights.hits == 1
+
+    def under_a_mode():
+        with torch.device("cpu"):  # a mode that sees every function
+            return F.cross_entropy(x, Y)
+
+    assert torch.equal(weighted(under_a_mode), by_hand)
+    assert weighted.weights.hits == 1
+
+
+def test_transforms_of_functions():
+    x, weighted = leaf(6, 3), Weighted(W)
+    by_hand = torch.autograd.grad((W[Y] * F.cross_entropy(x, Y, reduction="none")).mean(), x)[0]
+    assert torch.allclose(weighted(lambda: torch.func.grad(lambda z: F.cross_entropy(z, Y))(x.detach())), by_hand)
+    assert weighted.weights.hits == 1
+    # inside of vmap no tensor says that it requires a gradient: nothing is counted, and such a step is refused
+    pairs = leaf(2, 6, 3)
+    several = weighted.once(lambda: torch.func.vmap(lambda z: F.cross_entropy(z, Y))(pairs))
+    assert weighted.weights.hits == 0
+    assert torch.allclose(several, torch.stack([F.cross_entropy(z, Y) for z in pairs]))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_autocast_is_that_of_the_loss_by_hand_bit_for_bit(kind):
+    net, x, weighted = nn.Linear(4, 3), leaf(6, 4), Weighted(W)
+    with torch.autocast("cpu", kind):
+        by_hand = (W[Y] * F.cross_entropy(net(x), Y, reduction="none")).mean()
+        got = weighted(lambda: F.cross_entropy(net(x), Y))
+    assert torch.equal(got, by_hand)
+    assert got.dtype == by_hand.dtype
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_loss_inside_of_a_checkpoint_is_never_trained_without_its_weights(reentrant):
+    """Its second computation comes with the backward pass, after the step."""
+    x, weighted = leaf(6, 3), Weighted(W)
+
+    def step():
+        return checkpoint(lambda z: F.cross_entropy(z * 1.0, Y), x, use_reentrant=reentrant)
+
+    loss = weighted.once(step)
+    if weighted.weights.hits:
+        with pytest.raises(CheckpointError):
+            loss.backward()
+    else:  # a step without hits is refused
+        assert torch.equal(loss, F.cross_entropy(x, Y))
+    # a network inside of one is what it is for
+    around_the_network = weighted.once(lambda: F.cross_entropy(checkpoint(torch.abs, x, use_reentrant=False), Y))
+    by_hand = (W[Y] * F.cross_entropy(x.abs(), Y, reduction="none")).mean()
+    assert torch.equal(around_the_network, by_hand)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: nn.CrossEntropyLoss()(x, Y),
+        lambda x: nn.CrossEntropyLoss(label_smoothing=0.1)(x, Y),
+        lambda x: nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 2.0]))(x, Y),
+        lambda x: nn.CrossEntropyLoss(reduction="sum")(x, Y),
+        lambda x: nn.CrossEntropyLoss(ignore_index=1)(x, Y),
+        lambda x: nn.CrossEntropyLoss(ignore_index=-1)(x, Y - 1),
+        lambda x: nn.NLLLoss()(x.log_softmax(1), Y),
+        lambda x: F.nll_loss(x.log_softmax(1), Y),
+        lambda x: F.cross_entropy(x, Y, reduce=False).sum(),
+        lambda x: F.cross_entropy(x[:, :, None], Y[:, None]),
+        lambda x: F.cross_entropy(x, Y.int().long()),
+        lambda x: F.cross_entropy(x.double(), Y),
+        lambda x: F.cross_entropy(x, F.one_hot(Y, 3).float()),
+    ],
+    ids=range(13),
+)
+@pytest.mark.filterwarnings("ignore:size_average and reduce args")
+def test_the_quick_way_is_only_quicker(call):
+    x, weighted = leaf(6, 3), Weighted(W)
+    weighted.once(lambda: F.cross_entropy(x, Y))
+    assert weighted.weights.quick is not None
+    quick = weighted.once(lambda: call(x))
+    assert torch.equal(quick, Weighted(W).once(lambda: call(x)))
+    assert weighted.weights.hits == 1
 
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce args")
@@ -398,8 +637,10 @@ def test_a_loss_module_is_weighted_as_a_whole(kind, reduction):
     functions = LossInterception(weighted.weights)
     weighted.weights.begin((None, Y))
     hook = ModuleInterception(module, weighted.weights, functions)
+    weighted.stand_ins.put_in_place()
     with functions:
         got = module(x, Y)
+    weighted.stand_ins.put_back()
     hook.remove()
     assert torch.allclose(got, {"mean": losses.mean, "sum": losses.sum, "none": losses.clone}[reduction]())
     assert weighted.weights.hits == 1

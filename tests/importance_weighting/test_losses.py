@@ -153,9 +153,24 @@ def test_settings_outside_of_their_range(make):
         make()
 
 
+@pytest.mark.parametrize("loss", [VSLoss(COUNTS), LogitAdjustedLoss(COUNTS), LDAMLoss(COUNTS)])
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_beyond_the_classes_is_named(loss, label):
+    with pytest.raises(InvalidArgument, match=rf"{label}.*the classes 0 to 2"):
+        loss(torch.zeros(3, 3), torch.tensor([1, label, -100]))
+
+
+@pytest.mark.parametrize("make", [lambda: PolyTailLoss("1"), lambda: VSLoss([1, 2], tau=None), lambda: LDAMLoss("ab")])
+def test_settings_that_are_no_numbers(make):
+    with pytest.raises(InvalidArgument):
+        make()
+
+
 @pytest.mark.parametrize(
     "call",
     [
+        lambda: VSLoss(COUNTS)(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long)),
+        lambda: VSLoss(COUNTS)(torch.zeros(2, 3), torch.zeros(2, 4)),
         lambda: VSLoss(COUNTS)(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long)),
         lambda: LDAMLoss(COUNTS)(torch.zeros(2, 3), torch.zeros(2, 3)),
         lambda: PolyTailLoss()(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long)),

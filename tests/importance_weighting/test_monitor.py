@@ -305,10 +305,52 @@ def test_more_labels_than_logits(tmp_path):
         trained(tmp_path, [WeightEffectMonitor(class_weights=W)], returning(lambda z: z[:, :2]))
 
 
+def test_class_weights_of_another_number_of_classes(tmp_path):
+    for weights in ([1.0, 2.0, 3.0, 4.0], [1.0, 2.0]):
+        with pytest.raises((ShapeMismatch, InvalidArgument), match=f"class_weights has {len(weights)}"):
+            trained(tmp_path, [WeightEffectMonitor(class_weights=weights)])
+
+
+def test_ignored_labels_are_left_out_and_must_not_be_all(tmp_path):
+    x, y = made_data().tensors
+    monitor, all_kept = WeightEffectMonitor(class_weights=W), WeightEffectMonitor(class_weights=W)
+    ignored = torch.where(torch.arange(40) % 4 == 0, -100, y)
+    module = trained(tmp_path, [monitor], data=DataLoader(TensorDataset(x, ignored), 8))
+    kept = y[torch.arange(40) % 4 != 0]
+    assert last(monitor, "ess") == pytest.approx(effective_sample_size(torch.tensor(W, dtype=torch.float64)[kept]))
+    assert module is not None
+    with pytest.raises(BatchFormat, match="no label of at least 0"):
+        trained(tmp_path, [all_kept], data=DataLoader(TensorDataset(x, torch.full_like(y, -100)), 8))
+
+
+def test_segmentation_is_refused(tmp_path):
+    class Pixels(TinyModule):
+        def __init__(self, settings=None):
+            super().__init__(settings)
+            self.conv = torch.nn.Conv2d(2, 3, 1)
+
+        def forward(self, x):
+            return self.conv(x)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    data = DataLoader(TensorDataset(torch.randn(8, 2, 4, 4), torch.randint(3, (8, 4, 4))), 4)
+    with pytest.raises(BatchFormat, match=r"logits of shape \(4, 3, 4, 4\)"):
+        trained(tmp_path, [ImportanceWeighting(W), WeightEffectMonitor(in_domain=None)], Pixels, data)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"patience": 0},
+        {"patience": 1.5},
+        {"every_n_epochs": float("nan")},
+        {"warn_below": float("nan")},
+        {"class_weights": [0.0, 0.0]},
         {"every_n_epochs": 0},
         {"max_samples": 0},
         {"figures_every_n_epochs": 0},

@@ -126,6 +126,11 @@ def test_weights_far_apart_and_many():
         ([], {}),
         ([[1.0]], {}),
         ([1.0], {"num_samples": 0}),
+        ([1.0], {"num_samples": -1}),
+        ([1.0], {"num_samples": 1.5}),
+        ([1.0], {"num_samples": math.nan}),
+        ([1.0], {"seed": 0.5}),
+        (WEIGHTS, {"num_replicas": 0, "rank": 0}),
         (WEIGHTS, {"num_samples": 4, "replacement": False}),
         (WEIGHTS, {"rank": 0}),
         (WEIGHTS, {"num_replicas": 2, "rank": 2}),
@@ -134,6 +139,15 @@ def test_weights_far_apart_and_many():
 def test_what_cannot_be_drawn(weights, more):
     with pytest.raises(InvalidArgument):
         DistributedWeightedSampler(weights, **more)
+
+
+def test_epochs_and_states_that_are_none():
+    sampler = DistributedWeightedSampler(WEIGHTS)
+    for bad in (0.5, -1):
+        with pytest.raises(InvalidArgument):
+            sampler.set_epoch(bad)
+    with pytest.raises(InvalidArgument, match="'epoch' and 'position'"):
+        sampler.load_state_dict({"epoch": 1})
 
 
 class Seen(pl.LightningModule):

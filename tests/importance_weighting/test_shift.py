@@ -139,6 +139,36 @@ def test_bad_settings_of_rlls_and_em():
         em_prior_shift(torch.tensor([[0.5, 0.5]]), torch.ones(3))
 
 
+def test_em_refuses_counts_and_settings_outside_of_their_range():
+    p, half = torch.tensor([[0.5, 0.5], [0.4, 0.6]]), torch.tensor([0.5, 0.5])
+    for bad in (torch.ones(2), torch.ones(1, 3), torch.tensor([[1.0, 1.0], [0.0, 0.0]])):
+        with pytest.raises(ShapeMismatch, match="counts"):
+            em_prior_shift(p, half, counts=bad)
+    for more in (
+        {"counts": -torch.ones(1, 2)},
+        {"counts": torch.full((1, 2), math.nan)},
+        {"counts": torch.zeros(1, 2)},
+        {"tolerance": -1.0},
+        {"tolerance": math.nan},
+        {"max_iterations": 0},
+        {"max_iterations": 1.5},
+    ):
+        with pytest.raises(InvalidArgument):
+            em_prior_shift(p, half, **more)
+    for bad in (p * math.nan, -p, p[:0]):
+        with pytest.raises(InvalidArgument):
+            em_prior_shift(bad, half)
+    assert torch.allclose(em_prior_shift(p.tolist(), [1, 1]), em_prior_shift(p, half))
+
+
+def test_condition_numbers_of_what_is_no_matrix():
+    for bad in (torch.ones(2, 3), torch.ones(3), torch.ones(0, 0)):
+        with pytest.raises(ShapeMismatch):
+            condition_number(bad)
+    with pytest.raises(InvalidArgument, match="finite"):
+        condition_number(torch.full((2, 2), math.nan))
+
+
 def shifted(n, share, seed, sharpness=1.0):
     """Return logits and labels of two Gaussian classes whose true log odds are known."""
     generator = torch.Generator().manual_seed(seed)
@@ -158,6 +188,11 @@ def test_calibration_finds_a_known_temperature():
         calibrate(z * math.nan, y)
     with pytest.raises(ShapeMismatch):
         calibrate(z, y[:-1])
+    with pytest.raises(ShapeMismatch):
+        calibrate(z[:, :1], y)
+    for bad in (y + 5, y - 100, y.double()):
+        with pytest.raises(InvalidArgument, match="whole numbers from 0 to 1"):
+            calibrate(z, bad)
 
 
 @pytest.mark.parametrize("method", ["em", "bbse", "rlls"])
@@ -200,6 +235,15 @@ def test_label_shift_refuses_what_it_cannot_know():
         LabelShift().estimate(z, y, torch.zeros(5, 3))
     with pytest.raises(InvalidArgument):
         LabelShift().estimate(z, y, z[:0])
+    for logits, labels, target in ((z * math.nan, y, z), (z, y, z * math.inf), (z, y + 0.5, z), (z, y - 1, z)):
+        for method in ("bbse", "rlls", "em"):
+            with pytest.raises(InvalidArgument):
+                LabelShift(method, bootstrap=0).estimate(logits, labels, target)
+    with pytest.raises(InvalidArgument, match="condition number"):
+        LabelShift("bbse", bootstrap=0).estimate(torch.zeros_like(z), y, z)
+    for bad in ({"bootstrap": 1.5}, {"confidence": math.nan}, {"delta": math.nan}, {"every_n_epochs": 0}, {"seed": -1}):
+        with pytest.raises(InvalidArgument):
+            LabelShift(**bad)
     for bad in ({"method": "kmm"}, {"bootstrap": -1}, {"confidence": 1.0}, {"delta": -1.0}, {"start_epoch": 0}):
         with pytest.raises(InvalidArgument):
             LabelShift(**bad)
@@ -242,6 +286,15 @@ def test_density_ratio_clips_and_refuses():
         {"folds": 31},
         {"clip": (2.0, 1.0)},
         {"regularization": 0.0},
+        {"regularization": math.inf},
+        {"folds": 2.5},
+        {"clip": (0.0, 1.0, 2.0)},
+        {"clip": None},
+        {"clip": (math.nan, 1.0)},
+        {"seed": -1},
+        {"discriminator": lambda a, d, b: torch.full((len(b),), math.nan)},
+        {"discriminator": lambda a, d, b: torch.full((len(b),), 2.0)},
+        {"discriminator": lambda a, d, b: torch.full((len(b),), -0.1)},
     ):
         with pytest.raises(InvalidArgument):
             density_ratio_weights(near, far, **bad)
@@ -249,6 +302,10 @@ def test_density_ratio_clips_and_refuses():
         density_ratio_weights(near, torch.zeros(30, 2))
     with pytest.raises(ShapeMismatch):
         density_ratio_weights(near, far, discriminator=lambda a, d, b: torch.zeros(1))
+    with pytest.raises(ShapeMismatch):
+        density_ratio_weights(torch.tensor(1.0), far)
     with pytest.raises(InvalidArgument):
         density_ratio_weights(near * math.nan, far)
+    with pytest.raises(InvalidArgument):
+        density_ratio_weights(near[:0], far)
     assert len(density_ratio_weights(torch.ones(20), torch.ones(20))) == 20  # constant features tell nothing

@@ -161,6 +161,8 @@ def test_recorded_epochs_and_the_figure():
     assert figure.axes[0].get_xscale() == "log"
     with pytest.raises(InvalidArgument):
         fading_figure(found, "y")
+    with pytest.raises(InvalidArgument, match="2 classes"):
+        fading_figure(found, "x", of_class=2)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,12 @@ def test_recorded_epochs_and_the_figure():
         {"dropout": 0.5},
         {"batch_norm": True},
         {"loss": "mse"},
+        {"epochs": 1.5},
+        {"hidden": 5},
+        {"hidden": (4.5,)},
+        {"lr": "0.1"},
+        {"lr": float("inf")},
+        {"hidden": (4,), "dropout": float("nan")},
     ],
 )
 def test_settings_outside_of_their_range(settings):
@@ -197,10 +205,16 @@ def test_data_that_does_not_fit():
         (x, y, {"a": [1.0, 1.0], "b": [1.0, 1.0, 1.0]}, probes, ShapeMismatch),
         (x, y, weights, {"x": x[:, :2]}, ShapeMismatch),
         (x, y, weights, {"x": x[:0]}, ShapeMismatch),
+        (x, y, weights, {"x": x * float("inf")}, InvalidArgument),
+        (x, y, weights, {"x": (x, y[:2])}, ShapeMismatch),
     ):
         with pytest.raises(error):
             sweep_heads(features, labels, w, probes=p, seeds=1)
     with pytest.raises(InvalidArgument):
         sweep_heads(x, y, weights, probes=probes, seeds=0)
-    with pytest.raises(InvalidArgument):
-        ratio_weights([0.0])
+    for more in ({"seeds": -1}, {"seeds": [0, -1]}, {"record": []}, {"record": [0]}, {"record": [10**6]}):
+        with pytest.raises(InvalidArgument):
+            sweep_heads(x, y, weights, probes=probes, **more)
+    for bad in (0.0, -1.0, float("nan"), "16"):
+        with pytest.raises(InvalidArgument):
+            ratio_weights([bad])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lightning_methods.errors import InvalidArgument, LightningMethodsWarning, ShapeMismatch, UnsupportedTraining
 from lightning_methods.rog import GenerativeClassifier, LayerEnsemble
+from lightning_methods.rog.ensemble import fit_ensemble
+from lightning_methods.rog.selection import clearly_better, noisy_log_likelihood
 
 F64 = torch.float64
 NINE = torch.tensor([(0, 0), (2, 0), (0, 2), (4, 4), (6, 4), (4, 6), (-3, 5), (-1, 5), (-3, 7)], dtype=F64)
@@ -156,3 +158,90 @@ def test_bad_data() -> None:
         LayerEnsemble(["a", "a"])
     with pytest.raises(ShapeMismatch, match="layer1"):
         LayerEnsemble(["layer1"]).fit({"layer2": x}, y)
+
+
+def noisy_posterior(errors: Tensor, true: Tensor, following: Tensor) -> Tensor:
+    """Return log-probabilities that are sure of the true class, but where `errors`, of that which `following` names."""
+    said = torch.where(errors, following, true)
+    return torch.nn.functional.one_hot(said, 3).double().add(0.02).log().log_softmax(1)
+
+
+def test_the_likelihood_of_noisy_labels_tells_what_agreement_does_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    true = torch.arange(3000) % 3
+    labels = torch.where(torch.rand(3000, generator=generator) < 0.4, (true + 1) % 3, true)
+    # errors of the kind that the labels have cost hardly any agreement with them
+    good = noisy_posterior(torch.rand(3000, generator=generator) < 0.05, true, (true + 2) % 3)
+    poor = noisy_posterior(torch.rand(3000, generator=generator) < 0.18, true, (true + 1) % 3)
+    assert not clearly_better(*((x.argmax(1) == labels).double() for x in (good, poor)))
+    scores = [noisy_log_likelihood(x, labels) for x in (good, poor)]
+    assert clearly_better(scores[0], scores[1])
+    assert not clearly_better(scores[1], scores[0])
+
+
+def test_the_likelihood_of_clean_labels_is_that_of_a_calibrated_classifier() -> None:
+    true = torch.arange(300) % 3
+    sure = noisy_posterior(torch.zeros(300, dtype=torch.bool), true, true)
+    assert float(noisy_log_likelihood(sure, true).mean()) > -0.1
+    chance = noisy_log_likelihood(torch.zeros(300, 3).log_softmax(1), true)
+    assert float(chance.mean()) == pytest.approx(-1.0986, abs=1e-3)
+    absent = torch.cat([sure, torch.full((300, 1), -torch.inf, dtype=F64)], 1)  # a class without samples
+    assert bool(noisy_log_likelihood(absent, true).isfinite().all())
+    assert not clearly_better(chance, chance)
+
+
+@pytest.mark.parametrize(("wrong", "expected"), [(0.4, "confirmed"), (0.0, (0.7, 0.9, 1.0, "confirmed"))])
+def test_the_support_is_chosen_by_a_noisy_validation_split(wrong: float, expected: Any) -> None:
+    x, given, true = clusters(3000, 12, wrong)
+    x = x * torch.linspace(0.6, 1.4, 12, dtype=F64)
+    predicted = torch.zeros(1000, dtype=torch.int64)
+    held_out = ({"a": x[2000:]}, given[2000:], predicted)
+    found = fit_ensemble({"a": x[:2000]}, given[:2000], 3, validation=held_out)
+    assert found.support_fraction is None or found.support_fraction in ([expected] if wrong else expected)
+    assert not found.prefers_softmax
+    assert float((found.ensemble({"a": x[2000:]}).argmax(1) == true[2000:]).double().mean()) > 0.98
+    right = fit_ensemble({"a": x[:2000]}, given[:2000], 3, validation=(*held_out[:2], given[2000:]))
+    assert right.prefers_softmax == (wrong > 0)  # a network that knows the labels of the split agrees with more
+
+
+def test_a_fit_to_the_confirmed_samples_leaves_out_the_wrong_ones() -> None:
+    x, given, true = clusters(1200, 6, 0.4)
+    found = fit_ensemble({"a": x}, given, 3, validation=None, support_fraction="confirmed")
+    assert found.support_fraction == "confirmed"
+    counts = found.ensemble.by_layer()["a"].counts
+    assert int(counts.sum()) == pytest.approx(int((given == true).sum()), abs=12)
+    assert float((found.ensemble({"a": x}).argmax(1) == true).double().mean()) > 0.98
+
+
+def test_a_class_that_nothing_confirms_keeps_its_samples() -> None:
+    x, given, _ = clusters(600, 6)
+    given = given.clone()
+    given[given == 2] = torch.where(torch.arange(200) < 3, 2, 1)  # three samples are left of the class
+    found = fit_ensemble({"a": x}, given, 3, validation=None, support_fraction="confirmed")
+    assert bool(found.ensemble({"a": x}).isfinite().all())
+    assert found.ensemble.num_classes == 3
+
+
+def test_a_small_validation_split_chooses_nothing() -> None:
+    x, given, _ = clusters(900, 6)
+    for count, chosen in ((29, True), (31, False)):
+        held_out = ({"a": x[:count]}, given[:count], given[:count])
+        found = fit_ensemble({"a": x[100:]}, given[100:], 3, validation=held_out)
+        robust = fit_ensemble({"a": x[100:]}, given[100:], 3, validation=held_out, support_fraction=None)
+        same = torch.equal(found.ensemble.by_layer()["a"].weight, robust.ensemble.by_layer()["a"].weight)
+        assert same or not chosen
+        assert not (chosen and found.prefers_softmax)
+
+
+@pytest.mark.parametrize("support", [None, 1.0, "confirmed"])
+def test_roundings_of_the_features_stay_roundings(support: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(48) % 3
+    x = torch.randn(48, 16, generator=generator) + torch.nn.functional.one_hot(y, 16)
+    near = x * (1 + 1e-7 * torch.randn(48, 16, generator=generator))
+    first, second = (
+        fit_ensemble({"a": z}, y, 3, validation=None, support_fraction=support, max_dim=8).ensemble.state_dict()
+        for z in (x, near)
+    )
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=1e-5, atol=1e-5)
