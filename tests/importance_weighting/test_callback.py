@@ -28,6 +28,7 @@ from lightning_methods.importance_weighting.functions import LOSSES, thread
 from lightning_methods.snnl import SoftNearestNeighborLoss
 from tests.support.processes import run_ranks
 from tests.support.training import (
+    ROWS,
     At,
     Settings,
     TinyModule,
@@ -412,7 +413,7 @@ def distributed_batch_normalisation():
                 use_distributed_sampler=False,
                 accumulate_grad_batches=batches,
             )
-            fit(trainer, module, _Shards(samples))
+            fit(trainer, module, _Shards(samples, ROWS))
             found[f"{samples} {batches}"] = dict(module.state_dict())
     return found
 
