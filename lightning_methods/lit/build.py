@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from lightning_methods.core._lightning import rank_zero_warn
+from lightning_methods.core._lightning import Callback, rank_zero_warn
 from lightning_methods.errors import InvalidArgument, LightningMethodsWarning, check_choice
 from lightning_methods.lit.adapters import Adapters
 from lightning_methods.lit.distillation import SectionDistillation, fit_adapters
 from lightning_methods.lit.ends import Ends
 from lightning_methods.lit.sections import Pair
 from lightning_methods.lit.settings import Settings
+
+
+class ReleaseOnException(Callback):
+    """Removes a module's hooks after a crash, where Lightning tells callbacks alone."""
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Let the module go."""
+        pl_module.release()
 
 
 def check_numbers(finetune_lr: float, loss_scale: float, clone_features: bool | str) -> None:

@@ -28,7 +28,7 @@ from lightning_methods.lit.phases import PhasePlan, plan_phases
 from lightning_methods.lit.sections import Sections, Stage, find_pairs
 from lightning_methods.lit.settings import Mode, Settings
 from lightning_methods.lit.showing import show_history, show_networks
-from lightning_methods.lit.teachers import fingerprint, load_teacher
+from lightning_methods.lit.teachers import fingerprint, load_teacher, refuse_another
 
 # the mean square of a section's error and of its target: the share of an epoch is theirs, not a mean of shares
 _ERROR, _SIZE = "error/", "size/"
@@ -264,11 +264,7 @@ class LITDistillation(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse another teacher, and take up what `state_dict` returned."""
-        if state_dict["fingerprint"] != self.fingerprint:
-            raise InvalidArgument(
-                f"The checkpoint was made with a teacher of the fingerprint {state_dict['fingerprint'][:12]}, this one "
-                f"has {self.fingerprint[:12]}. Give the teacher that it began with."
-            )
+        refuse_another(state_dict["fingerprint"], self.fingerprint)
         self._optimizer_phase, self._epoch = state_dict["phase"], state_dict["epoch"]
         self._means.load_state_dict(state_dict["means"])
         self.history.load_state_dict(state_dict["history"])

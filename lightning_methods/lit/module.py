@@ -19,7 +19,14 @@ from lightning_methods.errors import (
     UnsupportedTraining,
 )
 from lightning_methods.lit.adapters import Adapters
-from lightning_methods.lit.build import check_numbers, made_adapters, made_ends, refuse_shared, section_distillation
+from lightning_methods.lit.build import (
+    ReleaseOnException,
+    check_numbers,
+    made_adapters,
+    made_ends,
+    refuse_shared,
+    section_distillation,
+)
 from lightning_methods.lit.distillation import SectionDistillation, Statistics
 from lightning_methods.lit.ends import Ends
 from lightning_methods.lit.functional import SectionLoss, kd_terms
@@ -40,7 +47,7 @@ from lightning_methods.lit.sections import Pair, Sections, find_pairs
 from lightning_methods.lit.settings import Mode, Settings
 from lightning_methods.lit.showing import show_history, show_networks, show_stitching
 from lightning_methods.lit.stitching import check_stitching, stitching_report
-from lightning_methods.lit.teachers import Outside, load_teacher
+from lightning_methods.lit.teachers import Outside, load_teacher, refuse_another
 
 
 class LITDistiller(OneFamily, LightningModule):
@@ -246,7 +253,7 @@ class LITDistiller(OneFamily, LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return what removes the hooks after a crash, where Lightning tells callbacks alone."""
-        return [_ReleaseOnException()]
+        return [ReleaseOnException()]
 
     def setup(self, stage: str) -> None:
         """Plan the phases and register the hooks."""
@@ -466,13 +473,9 @@ class LITDistiller(OneFamily, LightningModule):
         state = checkpoint.get("lit")
         if state is None:
             return
-        made_with = state["fingerprint"]
-        if self._outside is not None and made_with is not None and made_with != self._outside.fingerprint:
-            raise InvalidArgument(
-                f"The checkpoint was made with a teacher of the fingerprint {made_with[:12]}, this one has "
-                f"{self._outside.fingerprint[:12]}. Give the teacher that it began with, or load the student alone: "
-                f"LITDistiller.load_from_checkpoint(path, teacher=None, student=...)."
-            )
+        if self._outside is not None and state["fingerprint"] is not None:
+            alone = ", or load the student alone: LITDistiller.load_from_checkpoint(path, teacher=None, student=...)"
+            refuse_another(state["fingerprint"], self._outside.fingerprint, alone)
         self._restored_phase = state["phase"]
         self.history.load_state_dict(state["history"])
 
@@ -502,18 +505,6 @@ class LITDistiller(OneFamily, LightningModule):
     def _log(self, values: dict[str, Tensor], size: int, *, bar: tuple[str, ...]) -> None:
         if self._trainer is None or self._trainer.barebones:
             return
+        kept: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": size, "sync_dist": True}
         for key, value in values.items():
-            self.log(
-                key,
-                value.detach().float(),
-                on_step=False,
-                on_epoch=True,
-                batch_size=size,
-                sync_dist=True,
-                prog_bar=key in bar,
-            )
-
-
-class _ReleaseOnException(Callback):
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        pl_module.release()
+            self.log(key, value.detach().float(), prog_bar=key in bar, **kept)

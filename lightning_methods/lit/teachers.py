@@ -85,6 +85,21 @@ class Outside:
         self.fingerprint = fingerprint(network)  # before anything converts it
 
 
+def refuse_another(made_with: str, own: str, otherwise: str = "") -> None:
+    """Raise `InvalidArgument` where a checkpoint was made with a teacher of another fingerprint.
+
+    Args:
+        made_with: the fingerprint in the checkpoint.
+        own: that of the teacher which is there.
+        otherwise: what else can be done, as the end of the last sentence.
+    """
+    if made_with != own:
+        raise InvalidArgument(
+            f"The checkpoint was made with a teacher of the fingerprint {made_with[:12]}, this one has {own[:12]}. "
+            f"Give the teacher that it began with{otherwise}."
+        )
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a file that holds a state dict or a Lightning checkpoint.
 
