@@ -204,14 +204,14 @@ def expected_validation_performance(values: ArrayLike, n: int | None = None, *, 
     if unbiased:
         # ratios of binomials through logarithms, which do not overflow; 0 below n
         with np.errstate(divide="ignore"):
-            log_weight = _log_binomial(i - 1, n - 1) - _log_binomial(np.array(total), n)
+            log_weight = _log_binomial(i - 1, n - 1) - _log_binomial(total, n)
         weight = np.where(i >= n, np.exp(log_weight), 0.0)
     else:
         weight = (i / total) ** n - ((i - 1) / total) ** n
     return float(v @ weight)
 
 
-def _log_binomial(n: Array, k: int) -> Array:
+def _log_binomial(n: ArrayLike, k: int) -> Array:
     n = np.maximum(n, k).astype(np.float64)
     return special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
 

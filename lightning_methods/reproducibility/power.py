@@ -61,8 +61,8 @@ def power_curve(
 ) -> PowerCurve:
     """Return the power of the whole decision rule over the number of runs, at the observed effect with normal scores.
 
-    A pilot's effect is itself uncertain: read it as "if the truth is what we saw". And fix the number of runs before the
-    study; looking after each run until it is significant finds differences that are not there.
+    A pilot's effect is itself uncertain: read it as "if the truth is what we saw". And fix the number of runs before
+    the study; looking after each run until it is significant finds differences that are not there.
 
     Args:
         a: scores of A, at least two.
@@ -94,10 +94,7 @@ def power_curve(
     else:
         shift = math.sqrt(2) * effect
         power = [
-            power_of_unpaired(shift, n, alpha=alpha, repetitions=repetitions, rng=generator)
-            if math.isfinite(shift)
-            else 1.0
-            for n in sizes
+            power_of_unpaired(min(shift, 99.0), n, alpha=alpha, repetitions=repetitions, rng=generator) for n in sizes
         ]
     needed = noether = None
     if probability > 0.5:

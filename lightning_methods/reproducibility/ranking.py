@@ -168,7 +168,7 @@ def ranking_stability(
 
 def _shared_ranks(values: Array) -> Array:
     """Return the share of rows in which each column has each rank; what ties shares its ranks equally."""
-    rows, k = values.shape
+    k = values.shape[1]
     below = (values[:, :, None] > values[:, None, :]).sum(2)
     tied = (values[:, :, None] == values[:, None, :]).sum(2)
     ranks = np.arange(k)

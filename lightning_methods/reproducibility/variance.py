@@ -1,4 +1,4 @@
-"""Where the variance comes from: one source at a time, Sobol indices, test-set noise, and what is left of it in a mean."""
+"""Where the variance comes from: one source at a time, Sobol indices, test-set noise, and what a mean keeps of it."""
 
 from __future__ import annotations
 
@@ -156,14 +156,8 @@ def sobol_components(
         products, squares = b * (x - a), (a - x) ** 2 / 2
         overall = float(np.concatenate([a, b]).var())
         first, total = float(products.mean()) / overall, float(squares.mean()) / overall
-        bounds = [
-            tuple(
-                float(q)
-                for q in np.quantile(terms[index].mean(1)[usable] / variance[usable], [alpha / 2, 1 - alpha / 2])
-            )
-            for terms in (products, squares)
-        ]
-        found[name] = SobolIndex(first, total, total - first, bounds[0], bounds[1])  # type: ignore[arg-type]
+        again = [terms[index].mean(1)[usable] / variance[usable] for terms in (products, squares)]
+        found[name] = SobolIndex(first, total, total - first, *(_quantiles(values, alpha) for values in again))
     return found
 
 

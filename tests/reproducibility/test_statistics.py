@@ -209,7 +209,7 @@ def test_one_source_at_a_time():
     assert found["init"].low < 1 < found["init"].high
     assert (found["dropout"].std, found["dropout"].effect) == (0.0, False)
     assert variance_components({"init": [1.0, 1.0]}, reference="init")["init"].share is None
-    with pytest.raises(InvalidArgument, match="reference='splt'.*split"):
+    with pytest.raises(InvalidArgument, match=r"reference='splt'.*split"):
         variance_components(samples, reference="splt")
     with pytest.raises(ShapeMismatch, match="at least 2"):
         variance_components({"init": [1.0]})
