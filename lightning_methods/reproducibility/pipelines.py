@@ -1,0 +1,172 @@
+"""What is compared: LightningCLI configurations, or Python functions of the seeds."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning_methods.errors import InvalidArgument
+
+# who turns a configuration into a training; the command line provides it, which methods do not import
+CONFIG_RUNNER = "lightning_methods.cli.study_run:prepare"
+
+PipelineFunction = Callable[[dict[str, int]], Any]
+
+
+class Prepared(Protocol):
+    """A pipeline ready to run: read and checked once, run with many seeds."""
+
+    description: str
+
+    def __call__(self, task: Mapping[str, Any]) -> dict[str, Any]:
+        """Run it with `task["seeds"]` and return `metrics`, and `fingerprints` where there are some."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One of the things compared.
+
+    Args:
+        name: of the pipeline.
+        config: YAML files as for `fit`, later ones on top.
+        overrides: further options of `fit`, as `--model.lr=0.1`.
+        target: `package.module:function` or `file.py:function`, for a function.
+        function: the function itself, where it was given as such.
+        cli: `package.module:Class` of the user's own LightningCLI, default ours.
+    """
+
+    name: str
+    config: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    target: str = ""
+    function: PipelineFunction | None = field(default=None, compare=False)
+    cli: str = ""
+
+    def plain(self) -> dict[str, Any]:
+        """Return what another process needs to prepare the same."""
+        return {
+            "name": self.name,
+            "config": list(self.config),
+            "overrides": list(self.overrides),
+            "target": self.target,
+            "cli": self.cli,
+        }
+
+
+def prepare(pipeline: Pipeline | Mapping[str, Any], settings: Mapping[str, Any]) -> Prepared:
+    """Read and check a pipeline.
+
+    Args:
+        pipeline: or what `Pipeline.plain` made of it.
+        settings: `metric`, `stage`, `checkpoint` and what else a configuration's runner reads.
+
+    Raises:
+        InvalidArgument: if its function or its configuration cannot be found or read.
+    """
+    if not isinstance(pipeline, Pipeline):
+        pipeline = Pipeline(**{**pipeline, "config": tuple(pipeline["config"]), "overrides": tuple(pipeline["overrides"])})
+    if pipeline.config:
+        runner = resolve(CONFIG_RUNNER)
+        prepared: Prepared = runner(pipeline, settings)
+        return prepared
+    function = pipeline.function if pipeline.function is not None else resolve(pipeline.target)
+    return FunctionRunner(function, str(settings["metric"]))
+
+
+def fingerprint(prepared: Prepared) -> str:
+    """Return the hash that names a pipeline: another configuration or another code is another pipeline."""
+    return hashlib.sha256(prepared.description.encode()).hexdigest()[:16]
+
+
+class FunctionRunner:
+    """A Python function as a pipeline.
+
+    Args:
+        function: from the seed of each source to a score, or to a dictionary of scores; an entry `per_example` may
+            hold 0 or 1 for every test example, the same for all runs.
+        metric: name of the score, where the function returns only that.
+    """
+
+    def __init__(self, function: PipelineFunction, metric: str) -> None:
+        self.function = function
+        self.metric = metric
+        self.description = describe_function(function)
+
+    def __call__(self, task: Mapping[str, Any]) -> dict[str, Any]:
+        """Run it with the seeds of a task."""
+        found = self.function(dict(task["seeds"]))
+        if not isinstance(found, Mapping):
+            return {"metrics": {self.metric: found}}
+        outcome = {k: v for k, v in found.items() if k != "per_example"}
+        return {"metrics": outcome, "per_example": found.get("per_example")}
+
+
+def describe_function(function: Any) -> str:
+    """Return what identifies a function: its name, its source, and the plain values that it closes over."""
+    if isinstance(function, functools.partial):
+        return f"{describe_function(function.func)}\n{function.args!r} {sorted(function.keywords.items())!r}"
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        source = ""
+    closure = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
+    plain = {k: v for k, v in closure.items() if isinstance(v, (bool, int, float, str, tuple, list, dict, type(None)))}
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{getattr(function, '__module__', '')}:{name}\n{getattr(function, '__defaults__', None)!r}\n{plain!r}\n{source}"
+
+
+def target_of(function: Any) -> str:
+    """Return `module:name` or `file.py:name` of a function that other processes can import, else an empty text."""
+    name = getattr(function, "__qualname__", "")
+    module = sys.modules.get(getattr(function, "__module__", ""))
+    if not name or "<" in name or module is None:
+        return ""
+    if module.__name__ != "__main__":
+        return f"{module.__name__}:{name}"
+    file = getattr(module, "__file__", None)
+    return f"{Path(file).resolve()}:{name}" if file else ""
+
+
+def resolve(target: str) -> Any:
+    """Return the object of `package.module:name` or `file.py:name`.
+
+    Args:
+        target: where it is.
+
+    Raises:
+        InvalidArgument: if there is no such module or name.
+
+    Example:
+        >>> resolve("math:sqrt")(4.0)
+        2.0
+    """
+    place, _, name = target.rpartition(":")
+    if not place or not name:
+        raise InvalidArgument(f"{target!r} is no 'package.module:name' or 'file.py:name'.")
+    try:
+        found: Any = _module_of_file(place) if place.endswith(".py") else importlib.import_module(place)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, OSError) as error:
+        raise InvalidArgument(f"{target!r} cannot be imported: {error}") from error
+    return found
+
+
+@functools.lru_cache(maxsize=None)
+def _module_of_file(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"study_{Path(path).stem}", path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise ImportError(f"there is no file {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    spec.loader.exec_module(module)
+    return module
