@@ -75,7 +75,7 @@ class StreamedSampler:
 
 
 class _Batches:
-    """One pass over the indices; it begins with the first, since loaders with workers ask for two and use the second."""
+    """One pass over the indices; it begins with the first, since loaders with workers ask for two and drop one."""
 
     def __init__(self, sampler: StreamedSampler) -> None:
         self.sampler = sampler

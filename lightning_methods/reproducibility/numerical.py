@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -39,16 +41,15 @@ def disturb(kind: Kind, stream: Stream, module: nn.Module) -> str:
 def one_ulp(stream: Stream, module: nn.Module) -> str:
     """Move one trained weight to the next larger number of its type, and return its name and place."""
     trained = [(k, p) for k, p in module.named_parameters() if p.requires_grad and p.is_floating_point() and p.numel()]
-    total = sum(p.numel() for _, p in trained)
-    for i in range(_TRIES if total else 0):
-        place = stream.key(i) % total
-        for name, parameter in trained:
-            if place < parameter.numel():
-                break
-            place -= parameter.numel()
-        weight = parameter.data.reshape(-1)[place]
+    ends = list(accumulate(p.numel() for _, p in trained))
+    for i in range(_TRIES if ends else 0):
+        place = stream.key(i) % ends[-1]
+        which = bisect_right(ends, place)
+        name, parameter = trained[which]
+        place -= ends[which] - parameter.numel()
+        at = torch.unravel_index(torch.tensor(place), parameter.shape)
+        weight = parameter.data[at]
         if weight != 0:
-            moved = torch.nextafter(weight, torch.full_like(weight, torch.inf))
-            parameter.data[torch.unravel_index(torch.tensor(place), parameter.shape)] = moved
+            parameter.data[at] = torch.nextafter(weight, torch.full_like(weight, torch.inf))
             return f"{name}[{place}]"
     raise UnsupportedTraining("numerical_kind='ulp' moves a trained weight that is not zero; the module has none.")

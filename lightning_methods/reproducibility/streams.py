@@ -79,11 +79,11 @@ class SeedStreams(Callback):
         >>> streams.seed("split")  # just before the data are
         >>> trainer = Trainer(callbacks=streams, logger=False)
 
-    What it cannot reach: private generators of libraries (a `default_rng()` of one's own, albumentations); the shuffling
-    inside an iterable data set, which draws from `augment`; lazy layers, which draw in their first forward pass; the
-    loader's position when resuming in the middle of an epoch (Lightning starts it again); callbacks after this one that
-    draw in their own `setup`. Noise that is added on the device in `on_after_batch_transfer` depends on the number of
-    workers.
+    What it cannot reach: private generators of libraries (a `default_rng()` of one's own, albumentations); the
+    shuffling inside an iterable data set, which draws from `augment`; lazy layers, which draw in their first forward
+    pass; the loader's position when resuming in the middle of an epoch (Lightning starts it again); callbacks after
+    this one that draw in their own `setup`. Noise that is added on the device in `on_after_batch_transfer` depends on
+    the number of workers.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class SeedStreams(Callback):
         self._batch: Place = (0, 0)
         self._calls = 0
         self._foreign = False
+        self._begun = False
         self._ordered = ""
         self._training: GlobalGenerators | None = None
         self._outside: GlobalGenerators | None = None
@@ -153,7 +154,7 @@ class SeedStreams(Callback):
             raise InvalidArgument("A Trainer takes one SeedStreams; give it the seeds of all sources.")
         self._detach()
         self._outside, self._threads = GlobalGenerators(), torch.get_num_threads()
-        self._passes, self._loaders, self._foreign = {}, {}, False
+        self._passes, self._loaders, self._foreign, self._begun = {}, {}, False, False
         self._fixed.pop("final", None)
         strategy = trainer.strategy
         for name in _STEPS:
@@ -174,16 +175,15 @@ class SeedStreams(Callback):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Number loaders and passes from the first again."""
         self._loaders.pop("train", None)
-        if trainer.current_epoch > 0:
-            # the pass that begins now is the first: where loaders are new, Lightning has begun one already, drops it,
-            # and its workers have been given indices
+        if self._begun:
+            # of new loaders, Lightning has begun a pass already and drops it, though its workers were given indices
             self._passes = {place: n for place, n in self._passes.items() if place[0] != _STAGES.index("train")}
             self._chains["order"] = Chain(self._ordered)
         self._augment(trainer, 0)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Note where the training stands."""
-        self._batch, self._calls = (trainer.current_epoch, batch_idx), 0
+        self._batch, self._calls, self._begun = (_epoch(trainer), batch_idx), 0, True
         if self.fingerprint != "off":
             self._chain("augment").add(generator_state())
         if self.fingerprint == "full":
@@ -223,7 +223,8 @@ class SeedStreams(Callback):
             return
         self._fixed["final"] = hash_module(pl_module)
         found = self.fingerprints
-        rows = [[name, str(self.seeds.get(name, "")), found.get(name, "")] for name in dict.fromkeys([*SOURCES, *found])]
+        names = dict.fromkeys([*SOURCES, *found])
+        rows = [[name, str(self.seeds.get(name, "")), found.get(name, "")] for name in names]
         log_table(trainer, "seed_streams/fingerprints", ["source", "seed", "fingerprint"], rows)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -282,12 +283,12 @@ class SeedStreams(Callback):
         return result
 
     def _evaluated(self, trainer: Any, stage: str) -> Place:
-        place = _STAGES.index(stage), trainer.current_epoch
+        place = _STAGES.index(stage), _epoch(trainer)
         return (*place, self._passes.get((*place, -1), 0))
 
     def _begin_evaluation(self, trainer: Any) -> None:
         stage = trainer.state.stage.value
-        place = (_STAGES.index(stage), trainer.current_epoch, -1)
+        place = (_STAGES.index(stage), _epoch(trainer), -1)
         self._passes[place] = self._passes.get(place, 0) + 1
         self._calls = 0
         self._loaders.pop(stage, None)
@@ -297,7 +298,7 @@ class SeedStreams(Callback):
     def _augment(self, trainer: Any, batch: int) -> None:
         # a DataLoader seeds each batch as it is fetched; for other iterables this is the last place before it
         if self._foreign:
-            self.streams["augment"].enter(rank(), trainer.current_epoch, batch)
+            self.streams["augment"].enter(rank(), _epoch(trainer), batch)
 
     def _loader(self, trainer: Any, original: Callable[[Any], Any], loader: Any) -> Any:
         loader = original(loader)
@@ -346,13 +347,18 @@ class SeedStreams(Callback):
         # an extra pass of another callback, which computes no gradients, is no part of the training
         extra = training and not torch.is_grad_enabled()
         stage = _STAGES.index("train" if training else trainer.state.stage.value)
-        place = (stage + extra * len(_STAGES), trainer.current_epoch, number)
+        place = (stage + extra * len(_STAGES), _epoch(trainer), number)
         again = self._passes[place] = self._passes.get(place, -1) + 1
         watched = training and not extra and self.fingerprint != "off"
         return (*place, again), self._chain("order").add if watched else _nothing
 
     def _chain(self, name: str) -> Chain:
         return self._chains.setdefault(name, Chain())
+
+
+def _epoch(trainer: Any) -> int:
+    # `current_epoch` is behind while a run is resumed at an epoch's end, when its loaders are begun
+    return int(trainer.fit_loop.epoch_progress.current.processed)
 
 
 def _nothing(_: bytes) -> None:

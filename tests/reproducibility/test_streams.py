@@ -239,7 +239,9 @@ def _loaders(name):
     if name == "lazy":
         return DataLoader(data, BATCH, sampler=Lazy())
     if name == "unbatched":
-        return DataLoader(data, batch_size=None, sampler=RandomSampler(data), collate_fn=lambda row: [v[None] for v in row])
+        return DataLoader(
+            data, batch_size=None, sampler=RandomSampler(data), collate_fn=lambda row: [v[None] for v in row]
+        )
     if name == "list":
         return [DataLoader(data, BATCH, shuffle=True), DataLoader(data, BATCH, shuffle=True)]
     return {"a": DataLoader(data, BATCH, shuffle=True), "b": DataLoader(data, 2 * BATCH, shuffle=True)}
@@ -331,9 +333,7 @@ class NotALoader:
 
 
 def test_other_iterables_draw_from_augment(tmp_path):
-    base, again = (
-        Run(tmp_path, loaders=NotALoader(), before=b, val_check_interval=2 if b else 1.0) for b in (0, 1)
-    )
+    base, again = (Run(tmp_path, loaders=NotALoader(), before=b, val_check_interval=2 if b else 1.0) for b in (0, 1))
     assert changed(base, again) == set()
     assert "batches" in changed(base, Run(tmp_path, {"augment": 1}, loaders=NotALoader()))
 
@@ -351,7 +351,8 @@ def test_bootstrap_draws_the_training_set_with_replacement(tmp_path):
 
     one = Run(tmp_path, {"bootstrap": True}, loaders=data)
     first, second = seen(one)
-    assert first == second and len(first) == SIZE  # the same set in each epoch
+    assert first == second
+    assert len(first) == SIZE
     assert 0.5 < len(set(first)) / SIZE < 0.8  # 1 - 1/e of the examples
     other = Run(tmp_path, {"bootstrap": True, "split": 1}, loaders=data)
     assert changed(one, other) == {"split"} | CONTENT
@@ -383,7 +384,8 @@ def test_threads_are_drawn_and_put_back(tmp_path, monkeypatch):
 
     for seed in range(8):
         Run(tmp_path, {"numerical": seed, "numerical_kind": "threads"}, callbacks=[Looks()], max_epochs=1)
-    assert set(inside) <= {1, 2, 3} and len(set(inside)) > 1
+    assert set(inside) <= {1, 2, 3}
+    assert len(set(inside)) > 1
     assert torch.get_num_threads() == threads
     quiet = Run(tmp_path, {"numerical": 1, "numerical_kind": "hardware"})
     assert quiet.final == Run(tmp_path).final
@@ -414,7 +416,7 @@ def test_only_what_is_built_outside_is_seeded_by_hand():
 
 
 def test_one_in_a_trainer():
-    with pytest.raises((InvalidArgument, RuntimeError), match="one SeedStreams|more than one stateful"):
+    with pytest.raises((InvalidArgument, RuntimeError), match=r"one SeedStreams|more than one stateful"):
         _fit([SeedStreams(), SeedStreams(order=1)], DataLoader(Noisy(), BATCH))
 
 
