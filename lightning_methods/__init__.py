@@ -43,6 +43,7 @@ _EXPORTS = {
     "LITDistiller": "lit",
     "RobustGenerativeClassifier": "rog",
     "GenerativeClassifier": "rog",
+    "SeedStreams": "reproducibility",
     "DigitsDataModule": "data",
     "MNISTDataModule": "data",
     "CIFAR10DataModule": "data",
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
     from lightning_methods.lit import LITDistillation as LITDistillation
     from lightning_methods.lit import LITDistiller as LITDistiller
     from lightning_methods.models import Classifier as Classifier
+    from lightning_methods.reproducibility import SeedStreams as SeedStreams
     from lightning_methods.rog import GenerativeClassifier as GenerativeClassifier
     from lightning_methods.rog import RobustGenerativeClassifier as RobustGenerativeClassifier
     from lightning_methods.snnl import DeepKNN as DeepKNN

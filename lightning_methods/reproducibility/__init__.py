@@ -10,6 +10,7 @@ from lightning_methods.reproducibility.aggregates import (
     t_interval,
 )
 from lightning_methods.reproducibility.dominance import almost_stochastic_order, violation_ratio
+from lightning_methods.reproducibility.fingerprints import differences
 from lightning_methods.reproducibility.functional import (
     Interval,
     Verdict,
@@ -23,12 +24,21 @@ from lightning_methods.reproducibility.functional import (
     verdict,
     wilson_interval,
 )
+from lightning_methods.reproducibility.lints import (
+    lint_config,
+    lint_datamodule,
+    lint_determinism,
+    lint_effects,
+    lint_environment,
+)
 from lightning_methods.reproducibility.power import power_curve
 from lightning_methods.reproducibility.ranking import (
     critical_difference,
     nemenyi_critical_difference,
     ranking_stability,
 )
+from lightning_methods.reproducibility.seeding import SOURCES
+from lightning_methods.reproducibility.streams import SeedStreams
 from lightning_methods.reproducibility.variance import (
     binomial_std,
     out_of_bootstrap,
@@ -39,16 +49,24 @@ from lightning_methods.reproducibility.variance import (
 )
 
 __all__ = [
+    "SOURCES",
     "Interval",
+    "SeedStreams",
     "Verdict",
     "almost_stochastic_order",
     "binomial_std",
     "bootstrap_interval",
     "bootstrap_unpaired",
     "critical_difference",
+    "differences",
     "expected_validation_performance",
     "holm",
     "interquartile_mean",
+    "lint_config",
+    "lint_datamodule",
+    "lint_determinism",
+    "lint_effects",
+    "lint_environment",
     "nemenyi_critical_difference",
     "optimality_gap",
     "out_of_bootstrap",

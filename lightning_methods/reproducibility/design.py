@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-SOURCES = ("init", "split", "order", "augment", "dropout", "evaluation", "numerical")
+from lightning_methods.reproducibility.seeding import SOURCES
 
 Design = Literal["all", "one_at_a_time", "sobol"]
 DESIGNS = ("all", "one_at_a_time", "sobol")
@@ -64,8 +64,8 @@ def cells(
         >>> [c.part for c in cells(vary=["init"], design="sobol", replicates=1, root_seed=0)]
         ['A', 'B', 'AB:init', 'repeat']
     """
-    base = {s: derive_seed(root_seed, s, _FIXED) for s in SOURCES}
-    base["numerical"] = base["numerical"] if "numerical" in vary else 0
+    # the disturbance of numerical noise is there only if it is studied
+    base = {s: derive_seed(root_seed, s, _FIXED) for s in SOURCES if s != "numerical" or s in vary}
 
     def drawn(replicate: int, column: str = "", sources: Sequence[str] = vary) -> dict[str, int]:
         return {**base, **{s: derive_seed(root_seed, s, replicate, column) for s in sources}}
