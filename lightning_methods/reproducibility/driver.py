@@ -1,4 +1,4 @@
-"""The driver of a study: claims runs from the ledger, has them computed, extends their leases, commits what came out."""
+"""The driver of a study: claims runs from the ledger, has them computed, extends leases, commits what came out."""
 
 from __future__ import annotations
 
@@ -104,9 +104,7 @@ def _others_at_work(ledger: Ledger, wanted: Sequence[str]) -> bool:
     return bool(counts.get("running") or counts.get("pending"))
 
 
-def _progress(
-    ledger: Ledger, wanted: Sequence[str], run: Run, outcome: Mapping[str, Any], rate: float
-) -> Progress:
+def _progress(ledger: Ledger, wanted: Sequence[str], run: Run, outcome: Mapping[str, Any], rate: float) -> Progress:
     counts = ledger.counts(wanted)
     done, failed = counts.get("done", 0), counts.get("failed", 0)
     left = len(wanted) - done - failed

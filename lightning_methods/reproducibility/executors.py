@@ -157,7 +157,7 @@ class ReuseExecutor:
 
 
 class SpawnExecutor:
-    """A fresh interpreter for every run, which imports everything anew: for CUDA, and for what a fork cannot inherit."""
+    """A fresh interpreter for every run, which imports all anew: for CUDA, and for what a fork cannot inherit."""
 
     def start(self, task: Task) -> tuple[subprocess.Popen[bytes], Task, Path]:
         """Start the interpreter."""
@@ -212,7 +212,7 @@ class SubmititExecutor:
 
     def poll(self, handle: tuple[Any, Task]) -> Outcome | None:
         """Return the outcome once the job is done; a job that failed says why."""
-        job, task = handle
+        job = handle[0]
         if not job.done():
             return None
         try:

@@ -73,7 +73,8 @@ def prepare(pipeline: Pipeline | Mapping[str, Any], settings: Mapping[str, Any])
         InvalidArgument: if its function or its configuration cannot be found or read.
     """
     if not isinstance(pipeline, Pipeline):
-        pipeline = Pipeline(**{**pipeline, "config": tuple(pipeline["config"]), "overrides": tuple(pipeline["overrides"])})
+        lists = {key: tuple(pipeline[key]) for key in ("config", "overrides")}
+        pipeline = Pipeline(**{**pipeline, **lists})
     if pipeline.config:
         runner = resolve(CONFIG_RUNNER)
         prepared: Prepared = runner(pipeline, settings)
@@ -121,7 +122,17 @@ def describe_function(function: Any) -> str:
     closure = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
     plain = {k: v for k, v in closure.items() if isinstance(v, (bool, int, float, str, tuple, list, dict, type(None)))}
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{getattr(function, '__module__', '')}:{name}\n{getattr(function, '__defaults__', None)!r}\n{plain!r}\n{source}"
+    if "<lambda>" in name or not source:  # several share a line; their code tells them apart
+        source += repr(_code(getattr(function, "__code__", None)))
+    where, defaults = getattr(function, "__module__", ""), getattr(function, "__defaults__", None)
+    return f"{where}:{name}\n{defaults!r}\n{plain!r}\n{source}"
+
+
+def _code(code: Any) -> Any:
+    if code is None:
+        return None
+    constants = [_code(c) if hasattr(c, "co_code") else repr(c) for c in code.co_consts]
+    return code.co_code.hex(), constants, code.co_names
 
 
 def target_of(function: Any) -> str:
@@ -161,7 +172,7 @@ def resolve(target: str) -> Any:
     return found
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _module_of_file(path: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"study_{Path(path).stem}", path)
     if spec is None or spec.loader is None or not Path(path).is_file():
