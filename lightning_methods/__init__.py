@@ -44,6 +44,7 @@ _EXPORTS = {
     "RobustGenerativeClassifier": "rog",
     "GenerativeClassifier": "rog",
     "SeedStreams": "reproducibility",
+    "Study": "reproducibility",
     "DigitsDataModule": "data",
     "MNISTDataModule": "data",
     "CIFAR10DataModule": "data",
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     from lightning_methods.lit import LITDistiller as LITDistiller
     from lightning_methods.models import Classifier as Classifier
     from lightning_methods.reproducibility import SeedStreams as SeedStreams
+    from lightning_methods.reproducibility import Study as Study
     from lightning_methods.rog import GenerativeClassifier as GenerativeClassifier
     from lightning_methods.rog import RobustGenerativeClassifier as RobustGenerativeClassifier
     from lightning_methods.snnl import DeepKNN as DeepKNN

@@ -46,6 +46,13 @@ COMMANDS = {
     "audit-labels": Command(
         "lightning_methods.cli.audit_labels:audit", "which training labels look wrong, by a network trained on them"
     ),
+    "study": Command(
+        "lightning_methods.cli.study:study",
+        "run | plan | status | resume | report | diff: compare pipelines over seeds",
+    ),
+    "compare": Command(
+        "lightning_methods.cli.study:compare", "train your configuration with and without a callback: is it worth it?"
+    ),
     "reproduce": Command("lightning_methods.cli.reproduce:run", "a paper's tables beside ours, cell by cell: enzymes"),
     "list": Command("lightning_methods.cli.cards:list_techniques", "the techniques, their classes and papers"),
     "card": Command(

@@ -39,6 +39,7 @@ from lightning_methods.reproducibility.ranking import (
 )
 from lightning_methods.reproducibility.seeding import SOURCES
 from lightning_methods.reproducibility.streams import SeedStreams
+from lightning_methods.reproducibility.study import Study
 from lightning_methods.reproducibility.variance import (
     binomial_std,
     out_of_bootstrap,
@@ -52,6 +53,7 @@ __all__ = [
     "SOURCES",
     "Interval",
     "SeedStreams",
+    "Study",
     "Verdict",
     "almost_stochastic_order",
     "binomial_std",
