@@ -97,8 +97,8 @@ class Comparison:
                 return f"{self.a} did not do better than {self.b} on average: more runs of this kind would not show it."
             return "At the observed effect more than 2,000 pairs would be needed."
         return (
-            f"Were the observed effect the true one, a verdict would take about {self.power.more} more pairs "
-            f"({self.power.needed} in all)."
+            f"Were the observed effect of {self.a} the true one, a verdict would take about {self.power.more} more "
+            f"pairs ({self.power.needed} in all)."
         )
 
 
@@ -259,6 +259,9 @@ def _compare(
         difference = t_interval(pairs[:, 0] - pairs[:, 1], alpha=level)
     if len(pairs) > 1:
         power = power_curve(*pairs.T, alpha=level, beta=settings.beta, **kwargs)
+        # as far as it takes, and a little beyond
+        far = max(2 * len(pairs), 60, min(power.needed or 200, 400) + 20)
+        power = power_curve(*pairs.T, sizes=range(2, far), alpha=level, beta=settings.beta, **kwargs)
     theirs = [m for m in missing if f" runs of {a} " in m or f" runs of {b} " in m]
     if settings.design == "one_at_a_time":
         theirs = ["the design one_at_a_time varies one source only; a verdict needs design all or sobol"]

@@ -34,11 +34,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Content:
-    """The report: a title, the answer, and its parts."""
+    """The report: a title, the answers as decision and sentence, and its parts."""
 
     title: str
-    answer: str
-    decision: str
+    answers: list[tuple[str, str]]
     blocks: list[Block] = field(default_factory=list)
 
 
@@ -69,8 +68,8 @@ def content_of(analysis: Analysis, figures: Sequence[str]) -> Content:
         rows = [[name, key, str(count)] for name, key, count in analysis.stale]
         blocks.append(Block("Runs of earlier configurations", table=Table(["pipeline", "hash", "runs"], rows)))
     blocks.append(Block("Runs", _omitted(analysis), table=_runs_table(analysis), folded=True))
-    answer = " ".join(c.sentence(s.metric) for c in analysis.comparisons) or _alone(analysis)
-    return Content(f"Study: {s.name}", answer, analysis.decision, blocks)
+    answers = [(c.decision, c.sentence(s.metric)) for c in analysis.comparisons]
+    return Content(f"Study: {s.name}", answers or [(analysis.decision, _alone(analysis))], blocks)
 
 
 def reporting_paragraph(analysis: Analysis) -> str:
@@ -108,7 +107,8 @@ def latex_table(analysis: Analysis) -> str:
             else f"{c.verdict.probability:.2f} [{c.verdict.low:.2f}, {c.verdict.high:.2f}]"
         )
         rows.append(f"{_tex(name)} & ${m['mean']:.4f} \\pm {m['std']:.4f}$ & {int(m['runs'])} & {found} \\\\")
-    head = f"pipeline & {_tex(analysis.settings.metric)} & runs & $P(\\cdot > \\mathrm{{{_tex(analysis.names[-1])}}})$ \\\\"
+    reference = f"$P(\\cdot > \\mathrm{{{_tex(analysis.names[-1])}}})$"
+    head = f"pipeline & {_tex(analysis.settings.metric)} & runs & {reference} \\\\"
     return "\n".join(["\\begin{tabular}{lccc}", "\\hline", head, "\\hline", *rows, "\\hline", "\\end{tabular}"])
 
 
@@ -129,12 +129,10 @@ def _alone(analysis: Analysis) -> str:
 
 
 def _verdict_paragraphs(analysis: Analysis) -> list[str]:
-    s = analysis.settings
     if not analysis.comparisons:
-        return [_alone(analysis)]
+        return []
     found = []
     for c in analysis.comparisons:
-        found.append(c.sentence(s.metric))
         if c.verdict is not None:
             found.append(_parameters(c))
         if c.examples is not None:
@@ -235,9 +233,11 @@ def _power_paragraphs(analysis: Analysis) -> list[str]:
         if c.verdict is None:
             continue
         advice = c.advice() or f"{c.a} against {c.b} is decided with {c.verdict.runs} pairs."
-        found.append(advice)
-        if c.power is not None and c.power.noether is not None:
-            found.append(f"Noether's formula, derived for unpaired runs, gives {c.power.noether} at this P.")
+        noether = None if c.power is None else c.power.noether
+        formula = (
+            "" if noether is None else f" Noether's formula, derived for unpaired runs, gives {noether} at this P."
+        )
+        found.append(advice + formula)
     found.append(
         "The number of runs is to be fixed before the study: adding runs until a verdict is significant finds "
         "differences that are not there."

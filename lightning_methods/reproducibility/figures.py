@@ -141,7 +141,7 @@ def ranks_figure(analysis: Analysis) -> Figure:
     decorate(
         axes,
         title="Which rank, were the study done again",
-        subtitle=f"in {100 * analysis.ranking.single_run_agrees:.0f}% of replicates a single run has the order of the means",
+        subtitle=f"single runs have the order of the means in {100 * analysis.ranking.single_run_agrees:.0f}% of cases",
         x_label="share of resampled studies",
     )
     left = np.zeros(len(names))
@@ -195,12 +195,12 @@ def power_figure(comparison: Comparison, beta: float) -> Figure:
     axes = figure.add_subplot()
     decorate(
         axes,
-        title=f"Were the observed effect the true one (P = {power.probability:.2f})",
-        subtitle=comparison.advice() or f"the study has {len(comparison.scores)} pairs and its verdict",
+        title=f"{comparison.a} against {comparison.b}: chance of a verdict, P = {power.probability:.2f}",
+        subtitle=comparison.advice() or f"decided with {len(comparison.scores)} pairs",
         x_label="pairs",
         y_label="chance of a significant verdict",
     )
-    axes.plot(power.sizes, power.power, color=PALETTE[0], linewidth=1.8, marker="o", markersize=3.5)
+    axes.plot(power.sizes, power.power, color=PALETTE[0], linewidth=1.6)
     axes.axhline(1 - beta, color=MUTED, linewidth=1.1, linestyle=(0, (5, 3)))
     axes.axvline(len(comparison.scores), color=PALETTE[1], linewidth=1.4)
     axes.annotate(

@@ -70,7 +70,9 @@ def write_report(analysis: Analysis, folder: Path) -> list[Path]:
 
 def markdown(content: Content) -> str:
     """Return the report as Markdown, with figures as files beside it."""
-    lines = [f"# {content.title}", "", f"**{content.answer}**", ""]
+    lines = [f"# {content.title}", ""]
+    for _, sentence in content.answers:
+        lines += [f"**{sentence}**", ""]
     for block in content.blocks:
         lines += [f"## {block.title}", ""]
         for paragraph in block.paragraphs:
@@ -87,8 +89,10 @@ def markdown(content: Content) -> str:
 
 def page(content: Content, images: Mapping[str, bytes]) -> str:
     """Return the report as one HTML page with its figures inside, which opens from disk without a network."""
-    badge = f'<span class="badge {_BADGES.get(content.decision, "")}">{html.escape(content.decision)}</span>'
-    body = [f"<h1>{html.escape(content.title)}</h1>", badge, f'<p class="answer">{html.escape(content.answer)}</p>']
+    body = [f"<h1>{html.escape(content.title)}</h1>"]
+    for decision, sentence in content.answers:
+        body.append(f'<p class="answer">{html.escape(sentence)}</p>')
+        body.append(f'<span class="badge {_BADGES.get(decision, "")}">{html.escape(decision)}</span>')
     for block in content.blocks:
         body += _section(block, images)
     return (
