@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 
 from lightning_methods.importance_weighting.sweep import Fading, fading_figure
 from lightning_methods.report import color_cycle
@@ -86,6 +87,13 @@ def cifar10() -> None:
                 shown = [", ".join(f"{100 * v:.0f}" for v in last[k]) for k in keys if k != "effect"]
                 effect = ", ".join(f"{v:.2f}" for v in last["effect"])
                 row(condition, ratio, *shown[:3], effect, shown[3])
+
+    print("\nnetwork, points between 16:1 and 1:16 in held-out images predicted cat: mean, 95% interval (t)\n")
+    for condition, ratios in read("cifar10").items():
+        share = [[100 * run["fraction/in_domain/0"][-1] for run in ratios[ratio]] for ratio in ("16:1", "1:16")]
+        gap = np.subtract(*share)
+        half = stats.t.ppf(0.975, len(gap) - 1) * stats.sem(gap)
+        row(condition, f"{gap.mean():.1f}", f"[{gap.mean() - half:.1f}, {gap.mean() + half:.1f}]")
 
 
 def cifar10_figure() -> Figure:

@@ -13,13 +13,14 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_methods.catalog  # noqa: F401  (short names of classes)
 from lightning_methods.cli import PROGRAM
 from lightning_methods.cli._messages import readable
 from lightning_methods.cli.save_config import LoggerSaveConfig
+from lightning_methods.cli.seed_streams import SeedStreamsCLI
 from lightning_methods.errors import InvalidArgument, LightningMethodsError
 
 # what `ckpt_path` may be beside a file
@@ -36,11 +37,12 @@ class ReadableParser(LightningArgumentParser):
         self.exit(2, f"{self.prog.replace(' [options]', '')}: error: {readable(message)}\n")
 
 
-class MethodsCLI(LightningCLI):
+class MethodsCLI(SeedStreamsCLI):
     """LightningCLI that looks at the checkpoint's path before any work and unwraps errors of constructors."""
 
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint that is not there before data is read and a model built."""
+        super().before_instantiate_classes()
         path = str(self._get(self.config, "ckpt_path") or "best")
         elsewhere = path in _CHECKPOINT_WORDS or "://" in path or path.startswith("registry")
         if not elsewhere and not Path(path).exists():

@@ -133,8 +133,8 @@ def _read_value(name: str, value: Any, chain: Any, seen: set[int]) -> None:
         flat = value.detach().reshape(-1)
         chain.update(name.encode() + bytes(_raw(flat[:: 1 + flat.numel() // _SAMPLE])))
     elif isinstance(value, np.ndarray) and value.dtype != object:
-        flat = value.reshape(-1)
-        chain.update(name.encode() + np.ascontiguousarray(flat[:: 1 + flat.size // _SAMPLE]).tobytes())
+        row = value.reshape(-1)
+        chain.update(name.encode() + np.ascontiguousarray(row[:: 1 + row.size // _SAMPLE]).tobytes())
     elif isinstance(value, (list, tuple, range)):
         for part in value[:: 1 + 16 * len(value) // _SAMPLE]:
             if hasattr(part, "__getitem__") and hasattr(part, "__dict__"):

@@ -137,7 +137,7 @@ def streamed(
     copied = copy.copy(loader)
     kind = "sampler" if loader.batch_sampler is None else "batch_sampler"
     sampler: Any = getattr(loader, kind)
-    own = getattr(sampler, "sampler", None)
+    own: Any = getattr(sampler, "sampler", None)
     if isinstance(own, DistributedSampler) or (force and isinstance(getattr(own, "generator", None), torch.Generator)):
         own, sampler = copy.copy(own), copy.copy(sampler)
         sampler.sampler = own

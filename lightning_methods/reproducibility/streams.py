@@ -172,6 +172,10 @@ class SeedStreams(Callback):
         if "numerical" in self.streams:
             self._fixed["numerical"] = disturb(self.numerical_kind, self.streams["numerical"], pl_module)
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Seed the first batch of iterables, which is not that of an epoch when resuming within one."""
+        self._augment(trainer, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Number loaders and passes from the first again."""
         self._loaders.pop("train", None)
@@ -238,7 +242,8 @@ class SeedStreams(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Seeds, and fingerprints so far."""
         chains = {name: chain.digest for name, chain in self._chains.items()}
-        return {"seeds": dict(self.seeds), "chains": chains, "fixed": dict(self._fixed)}
+        fixed = {name: found for name, found in self._fixed.items() if name != "final"}
+        return {"seeds": dict(self.seeds), "chains": chains, "fixed": fixed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the fingerprints; warn of other seeds than those of the checkpoint."""

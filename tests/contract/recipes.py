@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +26,8 @@ from lightning_methods.errors import UnsupportedTraining
 from lightning_methods.geometric_scattering import ScatteringExplorer
 from lightning_methods.importance_weighting import ImportanceWeighting, WeightEffectMonitor
 from lightning_methods.lit import LITDistillation
+from lightning_methods.reproducibility import SeedStreams
+from lightning_methods.reproducibility.seeding import Stream
 from lightning_methods.rog import RobustGenerativeClassifier
 from lightning_methods.snnl import DeepKNN, Entanglement, SoftNearestNeighborLoss
 from lightning_methods.snnl.functional import feature_rows, soft_nearest_neighbor_loss
@@ -240,6 +243,41 @@ class PathByHand(PathModule):
         return super().training_step(batch, batch_idx)
 
 
+# -- seed streams ------------------------------------------------------------------------------------------------------
+
+
+class SharedNoiseModule(TinyModule):
+    """Whole features are dropped between the two layers, the same ones for all samples and on every rank."""
+
+    def layers(self, x: Tensor) -> dict[str, Tensor]:
+        first = self.first(x)
+        if self.training:
+            keep = (torch.rand(WIDTH) < 0.7).to(first.dtype)
+            if dist.is_initialized():
+                dist.broadcast(keep, 0)
+            first = first * keep / 0.7
+        if self.settings.checkpointing and torch.is_grad_enabled():
+            second = checkpoint(self.second, first, use_reentrant=False)
+        else:
+            second = self.second(first)
+        return {"first": first, "second": second, "head": self.head(second)}
+
+
+class SeededByHand(SharedNoiseModule):
+    """Torch's generator is seeded for each batch, and put back after the fit."""
+
+    def setup(self, stage: str) -> None:
+        self.outside = torch.get_rng_state()
+
+    def teardown(self, stage: str) -> None:
+        torch.set_rng_state(self.outside)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        key = Stream("dropout", 5).key(self.global_rank, self.current_epoch, batch_idx, 0)
+        torch.default_generator.manual_seed(key)
+        return super().training_step(batch, batch_idx)
+
+
 _SNNL_REFUSED = {"manual": UnsupportedTraining}
 
 RECIPES = [
@@ -382,6 +420,16 @@ RECIPES = [
         scalars=("rog/fit/accuracy", "rog/fit/softmax", "rog/weight/first", "rog/noise_rate"),
         figures=("rog/transition", "rog/distances", "rog/weights", "rog/memorisation"),
         tables=("rog/suspected_mislabels", "rog/classes", "rog/layers"),
+    ),
+    Recipe(
+        "seed-streams",
+        "reproducibility",
+        "`SeedStreams`",
+        # fingerprints tell the loaders and the rounding of one process from those of two
+        callbacks=lambda: [SeedStreams(dropout=5, fingerprint="off")],
+        module=SharedNoiseModule,
+        reference=SeededByHand,
+        plain=SharedNoiseModule,
     ),
     Recipe(
         "scattering-classifier",

@@ -449,3 +449,13 @@ def _fit(callbacks, loader, module=None):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=callbacks, enable_model_summary=False, **quiet)
     trainer.fit(module or Net(), loader)
+
+
+def test_what_is_logged(tmp_path):
+    Run(tmp_path, {"order": 5}, logger=pl.loggers.CSVLogger(tmp_path), max_epochs=1)
+    (table,) = tmp_path.rglob("seed_streams/fingerprints_*.csv")
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    assert rows[0] == ["source", "seed", "fingerprint"]
+    found = {source: (seed, digest) for source, seed, digest in rows[1:]}
+    assert found["order"][0] == "5"
+    assert all(len(found[name][1]) == 16 for name in ("init", "split", "order", "augment", "dropout", "final"))
