@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
@@ -22,6 +21,7 @@ from lightning_methods.cli.app import MethodsCLI, ReadableParser, as_process_arg
 from lightning_methods.errors import InvalidArgument, did_you_mean
 from lightning_methods.reproducibility import SeedStreams, lint_datamodule
 from lightning_methods.reproducibility.pipelines import Pipeline, resolve
+from lightning_methods.reproducibility.seeding import GlobalGenerators
 
 # what belongs to a subcommand or to one seed for all, and not to a pipeline
 _LEFT_OUT = ("seed_everything", "ckpt_path", "return_predictions", "weights_only", "verbose")
@@ -35,35 +35,43 @@ class _Deferred:
     parser: Any
     config: Any
     trainer: Any
-    _streams: SeedStreams | None = None
+    _of_study: SeedStreams | None = None
+    _set_apart = False
 
     def before_instantiate_classes(self) -> None:
-        if self._streams is not None:
+        if self._of_study is not None:
             super().before_instantiate_classes()  # type: ignore[misc]
 
     def instantiate_classes(self) -> None:
-        if self._streams is not None:
-            self.parser.add_instantiator(self._build_data, LightningDataModule, subclasses=True, prepend=True)
-            self._streams.seed("init")  # before the whole tree: nested modules are built first
+        if self._of_study is not None:
+            if not self._set_apart:
+                self._set_apart = True
+                with warnings.catch_warnings():  # the way that all supported versions of jsonargparse know
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    self.parser.add_instantiator(self._build_study_data, LightningDataModule)
+            self._of_study.seed("init")  # before the whole tree: nested modules are built first
             super().instantiate_classes()  # type: ignore[misc]
 
     def after_instantiate_classes(self) -> None:
-        if self._streams is not None:
+        if self._of_study is not None:
             super().after_instantiate_classes()  # type: ignore[misc]
 
     def build(self, streams: SeedStreams) -> None:
         """Build model, data and trainer with the seeds of `streams`."""
-        self._streams = streams
+        self._of_study = streams
         self.before_instantiate_classes()
         self.instantiate_classes()
         self.after_instantiate_classes()
 
-    def _build_data(self, class_type: type, *args: Any, **kwargs: Any) -> Any:
+    def _build_study_data(self, class_type: type, *args: Any, **kwargs: Any) -> Any:
         # what the data draws is the split's, and does not shift what the model draws, whichever is built first
-        assert self._streams is not None
-        with torch.random.fork_rng(devices=[]):
-            self._streams.seed("split")
+        assert self._of_study is not None
+        outside = GlobalGenerators()
+        self._of_study.seed("split")
+        try:
             return class_type(*args, **kwargs)
+        finally:
+            outside.restore()
 
 
 class ConfigRunner:
@@ -98,7 +106,8 @@ class ConfigRunner:
             warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
             self.cli.build(streams)
             trainer, model, data = self.cli.trainer, self.cli.model, self.cli.datamodule
-            trainer.callbacks.insert(0, streams)
+            # the study has its own seeds, also where the configuration brings streams
+            trainer.callbacks = [streams, *(c for c in trainer.callbacks if not isinstance(c, SeedStreams))]
             streams.seed("split")
             trainer.fit(model, datamodule=data)
             fingerprints = dict(streams.fingerprints)

@@ -435,12 +435,11 @@ def critical_wins(runs: int, alpha: float = 0.05) -> int:
     """
     if runs < fewest_pairs(alpha):
         return runs + 1
-    low, high = runs // 2, runs
-    while high - low > 1:  # all wins are always enough, half of them never
-        wins = (low + high) // 2
-        enough = _exact_interval(wins, 0, runs, alpha)[0] > 0.5 and wilson_interval(wins, runs, alpha=alpha)[0] > 0.5
-        low, high = (low, wins) if enough else (wins, high)
-    return high
+    # the score interval lies above 1/2 from here on, and the bootstrap's at the same number or one or two later
+    wins = math.floor((runs + stats.norm.isf(alpha / 2) * math.sqrt(runs)) / 2) + 1
+    while wins < runs and _exact_interval(wins, 0, runs, alpha)[0] <= 0.5:
+        wins += 1
+    return wins
 
 
 def power_of_unpaired(

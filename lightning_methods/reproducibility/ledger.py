@@ -216,7 +216,8 @@ class Ledger:
         with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as connection:
             connection.row_factory = sqlite3.Row
             connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
+            # a commit survives the end of the process, however it ends; a power cut may undo the last ones
+            connection.execute("PRAGMA synchronous = NORMAL")
             yield connection
 
     @contextmanager
