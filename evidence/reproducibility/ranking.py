@@ -3,8 +3,8 @@
     python evidence/reproducibility/ranking.py --root data
     python evidence/reproducibility/ranking.py --root data --show      # the tables alone
 
-Four networks on five small data sets, each trained with a default learning rate and with the best of three by validation.
-Runs are kept in ledgers, so that it goes on where it was stopped.
+Four networks on five small data sets, each trained with a default learning rate and with the best of four by
+validation. Runs are kept in ledgers, so that it goes on where it was stopped.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python evidence/reproducibility/rules.py
 
-Seconds on a CPU. Runs of A and B are normal with the same spread; the true P(A>B) is set by the difference of the means.
+Seconds on a CPU. Runs of A and B are normal with the same spread; the difference of the means sets the true P(A>B).
 """
 
 from __future__ import annotations
