@@ -358,7 +358,10 @@ class SeedStreams(Callback):
         return (*place, again), self._chain("order").add if watched else _nothing
 
     def _chain(self, name: str) -> Chain:
-        return self._chains.setdefault(name, Chain())
+        chain = self._chains.get(name)
+        if chain is None:
+            chain = self._chains[name] = Chain()
+        return chain
 
 
 def _epoch(trainer: Any) -> int:
