@@ -41,7 +41,7 @@ class Chain:
 
 def generator_state() -> bytes:
     """Return the state of torch's generators in short: seed and position, and words that change every 624 draws."""
-    state = torch.default_generator.get_state()[:64].numpy().tobytes()
+    state: bytes = torch.default_generator.get_state().numpy()[:64].tobytes()
     if torch.cuda.is_initialized():
         state += torch.cuda.get_rng_state().numpy().tobytes()
     return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -60,6 +61,8 @@ class StreamedSampler:
         self.rank = rank
         self.in_workers = in_workers
         self.bootstrap = bootstrap
+        #: whether the streams are on; what is kept beyond the run is the user's sampler again
+        self.active = True
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # asked for by copy and pickle before there is one
@@ -70,6 +73,8 @@ class StreamedSampler:
         return len(self.inner)
 
     def __iter__(self) -> Iterator[Any]:
+        if not self.active:
+            return iter(self.inner)
         self.augment.enter(self.rank)  # the loader draws the seed of its workers next
         return _Batches(self)
 
@@ -99,7 +104,7 @@ class _Batches:
             drawn = next(self.indices)
         finally:  # also when there are no more: the transfer of the last batches to the device may still draw
             seed_all(key)
-        self.tell(np.asarray(drawn).tobytes() if isinstance(drawn, (list, int)) else repr(drawn).encode())
+        self.tell(_raw(drawn))
         if sampler.bootstrap is not None:
             drawn = sampler.bootstrap[drawn].tolist()
         return SeededIndices(drawn, key) if sampler.in_workers and isinstance(drawn, list) else drawn
@@ -112,6 +117,14 @@ class _Batches:
         if isinstance(own, DistributedSampler):
             own.seed = key & 0x3FFFFFFF  # to which it adds the epoch
         self.indices = iter(sampler.inner)
+
+
+def _raw(drawn: Any) -> bytes:
+    if isinstance(drawn, torch.Tensor):
+        drawn = drawn.tolist()
+    if isinstance(drawn, list) and all(type(i) is int for i in drawn):
+        return array("q", drawn).tobytes()
+    return repr(drawn).encode()
 
 
 def streamed(
@@ -137,19 +150,20 @@ def streamed(
     copied = copy.copy(loader)
     kind = "sampler" if loader.batch_sampler is None else "batch_sampler"
     sampler: Any = getattr(loader, kind)
-    own: Any = getattr(sampler, "sampler", None)
-    if isinstance(own, DistributedSampler) or (force and isinstance(getattr(own, "generator", None), torch.Generator)):
-        own, sampler = copy.copy(own), copy.copy(sampler)
-        sampler.sampler = own
-        if not isinstance(own, DistributedSampler):
+    if isinstance(sampler, StreamedSampler):  # of an earlier run, in a CombinedLoader of the user's
+        sampler = sampler.inner
+    drawing = sampler if kind == "sampler" else getattr(sampler, "sampler", None)
+    passed_over = force and isinstance(getattr(drawing, "generator", None), torch.Generator)
+    if passed_over or isinstance(drawing, DistributedSampler):  # its seed is set
+        own: Any = copy.copy(drawing)
+        if passed_over:
             own.generator = None
+        if kind == "batch_sampler":
+            sampler = copy.copy(sampler)
+            sampler.sampler = own
+        else:
+            sampler = own
         vars(copied)["sampler"] = own
-    elif isinstance(sampler, DistributedSampler) or (
-        force and isinstance(getattr(sampler, "generator", None), torch.Generator)
-    ):
-        sampler = copy.copy(sampler)
-        if not isinstance(sampler, DistributedSampler):
-            sampler.generator = None
     if force:
         vars(copied)["generator"] = None
     # DataLoader refuses the assignment of its samplers; its iterators read them from here

@@ -319,7 +319,7 @@ class SeedStreams(Callback):
         begin = partial(self._begin, trainer, training, number)
         if not training:
             stream = self.streams["evaluation"]
-            return streamed(loader, stream, stream, begin, rank=rank(), force=self.force)
+            return self._keep(streamed(loader, stream, stream, begin, rank=rank(), force=self.force))
         if owned_generator(loader) and not self.force:
             rank_zero_warn(
                 "The training dataloader has a generator of its own, which keeps its order: the seed of `order` is not"
@@ -330,7 +330,12 @@ class SeedStreams(Callback):
         if self.fingerprint != "off":
             self._note_split(loader, number, boot)
         order, augment = self.streams["order"], self.streams["augment"]
-        return streamed(loader, order, augment, begin, rank=rank(), force=self.force, bootstrap=boot)
+        return self._keep(streamed(loader, order, augment, begin, rank=rank(), force=self.force, bootstrap=boot))
+
+    def _keep(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        self._undo.append(partial(setattr, sampler, "active", False))
+        return loader
 
     def _note_split(self, loader: DataLoader[Any], number: int, boot: np.ndarray | None) -> None:
         chain = Chain("" if number == 0 else self._fixed.get("split", ""))
@@ -358,7 +363,10 @@ class SeedStreams(Callback):
         return (*place, again), self._chain("order").add if watched else _nothing
 
     def _chain(self, name: str) -> Chain:
-        return self._chains.setdefault(name, Chain())
+        chain = self._chains.get(name)
+        if chain is None:
+            chain = self._chains[name] = Chain()
+        return chain
 
 
 def _epoch(trainer: Any) -> int:

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -276,6 +277,21 @@ def test_loaders_that_are_passed_stay_as_they_are(tmp_path):
     before = dict(vars(loader))
     Run(tmp_path, loaders=loader)
     assert vars(loader) == before
+
+
+def test_a_combined_loader_is_the_users_again(tmp_path):
+    """Lightning puts the loaders it runs into the CombinedLoader that it was given."""
+    data = DataLoader(Noisy(quiet=True), BATCH, shuffle=True)
+    together = CombinedLoader(data, "max_size_cycle")
+    first = Run(tmp_path, {"order": 1}, loaders=together)
+    second = Run(tmp_path, {"order": 2}, loaders=together)
+    assert changed(first, Run(tmp_path, {"order": 1}, loaders=data)) == set()
+    assert changed(second, Run(tmp_path, {"order": 2}, loaders=data)) == set()
+    drawn = []
+    for loader in (together.flattened[0], data):
+        torch.manual_seed(4)
+        drawn.append(torch.cat([x for x, _ in loader]))
+    assert torch.equal(*drawn)
 
 
 def test_a_generator_of_ones_own_is_kept_or_passed_over(tmp_path):
