@@ -19,7 +19,6 @@ from lightning_methods.reproducibility.analysis import Analysis
 from lightning_methods.reproducibility.driver import Progress
 from lightning_methods.reproducibility.planning import plan_lines, status_lines
 from lightning_methods.reproducibility.settings import ENGINES, PROCESSES
-from lightning_methods.reproducibility.tracking import track_study
 
 _VERBS = {
     "run": "make the runs that are not done, and write the report",
@@ -188,7 +187,7 @@ def _finish(found: Study, analysis: Analysis) -> int:
             print(comparison.advice())
     print(*(f"problem: {text}" for text in analysis.problems), sep="\n" if analysis.problems else "")
     if found.settings.wandb is not None:
-        track_study(analysis, found.settings, files)
+        found.track(files)
     print(*files, sep="\n")
     return int(any(run.status == "failed" for _, run in analysis.rows))
 

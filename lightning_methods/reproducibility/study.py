@@ -278,6 +278,19 @@ class Study:
 
         return write_report(self.analyse(), self.settings.path)
 
+    def track(self, files: Sequence[Path] = ()) -> None:
+        """Send the study to W&B, also offline: one run a replicate in a group, and a summary with the report.
+
+        Args:
+            files: of the report, to go with the summary.
+
+        Raises:
+            MissingDependency: without wandb.
+        """
+        from lightning_methods.reproducibility.tracking import track_study
+
+        track_study(self.analyse(), self.settings, files)
+
     def commands(self) -> list[str]:
         """Return one command for every run that is not done, for any scheduler.
 

@@ -11,6 +11,17 @@ from lightning_methods.reproducibility.analysis import Analysis
 from lightning_methods.reproducibility.report import findings, runs_table
 from lightning_methods.reproducibility.settings import Settings
 
+# a tracked run is over before it is sent: there is no machine to watch and no console to keep, and asking for the
+# requirements takes ten times as long as all else
+_QUIET = {
+    "x_disable_stats": True,
+    "x_disable_meta": True,
+    "x_save_requirements": False,
+    "disable_git": True,
+    "save_code": False,
+    "console": "off",
+}
+
 
 def track_study(analysis: Analysis, settings: Settings, files: Sequence[Path]) -> None:
     """Send a study to W&B. Run ids are those of the ledger, so that sending it again updates and does not repeat.
@@ -25,7 +36,8 @@ def track_study(analysis: Analysis, settings: Settings, files: Sequence[Path]) -
     """
     wandb: Any = require("wandb", extra="wandb", why="Tracking a study")
     given: Mapping[str, Any] = {"project": "studies", "dir": str(settings.path), **(settings.wandb or {})}
-    common = {"group": settings.name, "reinit": "finish_previous", "resume": "allow", **given}
+    quiet = wandb.Settings(**{k: v for k, v in _QUIET.items() if k in wandb.Settings.model_fields})
+    common = {"settings": quiet, "group": settings.name, "reinit": "finish_previous", "resume": "allow", **given}
     sent: set[str] = set()
     for (part, replicate), run in analysis.rows:
         if run.status != "done" or run.run_id in sent:
