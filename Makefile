@@ -54,6 +54,8 @@ bench: $(READY)
 	$(RUN) benchmarks/rog.py
 	$(RUN) benchmarks/geometric_scattering.py
 	$(RUN) benchmarks/lit.py
+	$(RUN) benchmarks/reproducibility.py
+	$(RUN) benchmarks/seed_streams.py
 
 # write the compatibility matrix of the README and the cards from the results of the contract tests
 matrix: $(READY)
