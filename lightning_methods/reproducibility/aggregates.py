@@ -13,6 +13,7 @@ from lightning_methods.errors import InvalidArgument
 from lightning_methods.reproducibility.functional import (
     Array,
     Interval,
+    bootstrap_counts,
     bootstrap_unpaired,
     check_level,
     check_positive,
@@ -169,9 +170,7 @@ def performance_profile(
     generator = np.random.default_rng(rng)
     fractions = np.zeros((resamples, len(tau)))
     for task in range(values.shape[1]):
-        n = len(values)
-        counts = generator.multinomial(n, np.full(n, 1 / n), size=resamples)
-        fractions += counts @ above[:, task] / values.size
+        fractions += bootstrap_counts(len(values), resamples, generator) @ above[:, task] / values.size
     low, high = np.quantile(fractions, [alpha / 2, 1 - alpha / 2], axis=0)
     return Profile(tau, above.mean((0, 1)), low, high)
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lightning_methods.reproducibility.analysis import Analysis, Comparison
-from lightning_methods.reproducibility.variance import binomial_std
 
 _SHOWN_RUNS = 400
 
@@ -323,20 +322,3 @@ def _runs_table(analysis: Analysis) -> Table:
             ]
         )
     return Table(["pipeline", "part", "replicate", "status", analysis.settings.metric, "seconds", "run"], rows)
-
-
-def noise_line(accuracy: float, examples: int) -> str:
-    """Return what a finite test set alone makes of an accuracy.
-
-    Args:
-        accuracy: in [0, 1].
-        examples: of the test set.
-
-    Example:
-        >>> noise_line(0.93, 10_000)
-        'With 10,000 test examples an accuracy of 0.930 has a standard deviation of 0.0026 from the test set alone.'
-    """
-    return (
-        f"With {examples:,} test examples an accuracy of {accuracy:.3f} has a standard deviation of "
-        f"{binomial_std(accuracy, examples):.4f} from the test set alone."
-    )

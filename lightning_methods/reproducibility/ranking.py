@@ -11,7 +11,15 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from lightning_methods.errors import ShapeMismatch, check_choice
-from lightning_methods.reproducibility.functional import Array, Mode, check_level, check_positive, holm, run_matrix
+from lightning_methods.reproducibility.functional import (
+    Array,
+    Mode,
+    bootstrap_counts,
+    check_level,
+    check_positive,
+    holm,
+    run_matrix,
+)
 
 
 @dataclass(frozen=True)
@@ -148,8 +156,7 @@ def ranking_stability(
     if models < 2:
         raise ShapeMismatch("At least two models are needed to rank them.")
     generator = np.random.default_rng(rng)
-    counts = generator.multinomial(n, np.full(n, 1 / n), size=resamples)
-    means = counts @ values / n
+    means = bootstrap_counts(n, resamples, generator) @ values / n
     order = _shared_ranks(-means)
     overall = values.mean(0)
     sign = np.sign(overall[:, None] - overall[None])

@@ -15,6 +15,7 @@ from lightning_methods.reproducibility.functional import (
     Array,
     Interval,
     Mode,
+    bootstrap_counts,
     check_level,
     check_positive,
     numbers,
@@ -242,8 +243,8 @@ def two_way_bootstrap(
     runs, examples = difference.shape
     generator = np.random.default_rng(rng)
     weights = {
-        "runs": generator.multinomial(runs, np.full(runs, 1 / runs), size=resamples) / runs,
-        "examples": generator.multinomial(examples, np.full(examples, 1 / examples), size=resamples) / examples,
+        "runs": bootstrap_counts(runs, resamples, generator) / runs,
+        "examples": bootstrap_counts(examples, resamples, generator) / examples,
     }
     by_run = weights["runs"] @ difference  # (resamples, examples)
     values = {

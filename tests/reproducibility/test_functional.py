@@ -22,7 +22,7 @@ from lightning_methods.reproducibility import (
     verdict,
     wilson_interval,
 )
-from lightning_methods.reproducibility.functional import critical_wins, power_of_unpaired
+from lightning_methods.reproducibility.functional import bootstrap_counts, critical_wins, power_of_unpaired
 
 A = [0.91, 0.93, 0.92, 0.95, 0.90, 0.94, 0.93, 0.92]
 B = [0.90, 0.92, 0.93, 0.91, 0.89, 0.92, 0.93, 0.90]
@@ -236,8 +236,7 @@ def test_vectorised_repetitions_equal_the_definition():
     generator = np.random.default_rng(3)
     slow = np.zeros(40)
     for task in range(2):
-        left = generator.multinomial(5, np.full(5, 0.2), size=40)
-        right = generator.multinomial(7, np.full(7, 1 / 7), size=40)
+        left, right = (bootstrap_counts(n, 40, generator).astype(int) for n in (5, 7))
         for i in range(40):
             x, y = np.repeat(a[:, task], left[i]), np.repeat(b[:, task], right[i])
             slow[i] += probability_of_outperforming(x, y, paired=False) / 2
