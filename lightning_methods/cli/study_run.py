@@ -19,7 +19,7 @@ from lightning_methods.cli import PROGRAM
 from lightning_methods.cli._messages import readable
 from lightning_methods.cli.app import MethodsCLI, ReadableParser, as_process_arguments
 from lightning_methods.errors import InvalidArgument, did_you_mean
-from lightning_methods.reproducibility import SeedStreams, lint_datamodule
+from lightning_methods.reproducibility import SeedStreams, lint_config, lint_datamodule
 from lightning_methods.reproducibility.pipelines import Pipeline, resolve
 from lightning_methods.reproducibility.seeding import GlobalGenerators
 
@@ -135,6 +135,8 @@ class ConfigRunner:
             seed = content.get("seed_everything")
             if isinstance(seed, int) and not isinstance(seed, bool):
                 self.notices.append(f"seed_everything: {seed} of the configuration is replaced by the study's seeds.")
+            elif seed is True:
+                self.notices += lint_config(content)
 
     def _config_keys(self) -> dict[str, str]:
         """Return which seeds of the configuration itself stand for a source: named ones, else the split's."""

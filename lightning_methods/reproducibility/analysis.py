@@ -405,6 +405,9 @@ def _notices(
 ) -> list[str]:
     found = [f"{name}: {text}" for name, (_, notes) in pipelines.items() for text in notes]
     found += lint_environment()
+    made = {tuple(sorted((r.environment or {}).items())) for g in table.values() for r in g.values() if r.environment}
+    if len(made) > 1:
+        found.append(f"The runs were made in {len(made)} different environments; see the table of them.")
     for c in comparisons:
         apart = [s for s, same in (c.shared or {}).items() if not same and s in settings.vary]
         if apart:

@@ -370,7 +370,8 @@ class Study:
 
     def _executor(self) -> Executor:
         engine, folder = self.settings.engine, self.settings.path
-        if engine.kind == "local" and engine.process != "spawn":
+        # one of the printed commands makes its run here, as a local study would
+        if engine.kind in ("local", "commands") and engine.process != "spawn":
             _check_fork()
             if engine.threads_per_run > 1 and any(p.function is None for p in self.pipelines.values()):
                 _check_threads()

@@ -219,7 +219,7 @@ def test_commands_for_any_scheduler(tmp_path, monkeypatch, capsys):
     for command in commands:
         program, *words = command.split()
         assert program == "lightning-methods"
-        assert main([*words, "--engine", "local"]) == 0
+        assert main(words) == 0
     capsys.readouterr()
     assert main(["study", "run", "study.yaml"]) == 0
     assert capsys.readouterr().out.strip() == ""  # nothing is left
