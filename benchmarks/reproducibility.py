@@ -131,6 +131,7 @@ def main() -> None:
     if args.markdown:
         about = ["Reproducible studies: statistics and engine. Again with:", "", "```bash"]
         about += ["python benchmarks/reproducibility.py --rliable PYTHON", "```", ""]
+        about += ["The machine was shared with other work: ratios count, not times.", ""]
         about += environment("cpu", ["numpy", "scipy", "torch", "lightning"])
         write_markdown(args.markdown, "Reproducible studies: speed", about, tables)
 

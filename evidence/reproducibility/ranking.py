@@ -50,11 +50,16 @@ def arrays(data: str, root: str) -> tuple[np.ndarray, np.ndarray] | None:
         return None
     from torchvision import datasets
 
-    source = (datasets.MNIST if data == "mnist" else datasets.CIFAR10)(root, train=True)
-    x = torch.as_tensor(source.data[:1500]).float()
-    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
-    x = torch.nn.functional.avg_pool2d(x, 2 if data == "mnist" else 4).flatten(1)
-    return x.numpy(), np.asarray(source.targets[:1500])
+    if data == "mnist":
+        source = datasets.MNIST(root, train=True)
+        x, y = source.data[:1500, None].float(), source.targets[:1500].numpy()
+    else:  # folders of pictures, <root>/cifar10/train/<class>/*, the first 150 of each
+        folder = datasets.ImageFolder(f"{root}/cifar10/train")
+        places = [np.flatnonzero(np.asarray(folder.targets) == c)[:150] for c in range(10)]
+        chosen = np.concatenate(places)
+        x = torch.stack([torch.as_tensor(np.asarray(folder[int(i)][0])) for i in chosen]).permute(0, 3, 1, 2).float()
+        y = np.asarray(folder.targets)[chosen]
+    return torch.nn.functional.avg_pool2d(x, 2 if data == "mnist" else 4).flatten(1).numpy(), y
 
 
 def train(seeds: dict[str, int], *, data: str, model: str, lr: float, root: str) -> dict[str, float]:
@@ -95,6 +100,8 @@ def study(args: argparse.Namespace, name: str, metric: str, replicates: int, ent
     for key, kwargs in entries.items():
         found.add(key, functools.partial(train, root=args.root, **kwargs))
     analysis = found.run(tell=lambda p: print(f"{name} {p.done}/{p.total} {p.error or ''}", flush=True))
+    if any(run.status != "done" for _, run in analysis.rows):
+        raise SystemExit("\n".join(analysis.problems))
     return {key: [x for _, x in sorted(analysis.scores[key].items())] for key in entries}
 
 
