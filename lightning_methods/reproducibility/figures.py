@@ -65,7 +65,7 @@ def differences_figure(comparison: Comparison, metric: str) -> Figure:
     told = "" if mean is None else f"mean {mean.estimate:+.4g}  [{mean.low:+.4g}, {mean.high:+.4g}]"
     decorate(
         axes,
-        title=f"{comparison.a} minus {comparison.b}, pair by pair",
+        title=f"{shorten(comparison.a)} minus {shorten(comparison.b)}, pair by pair",
         subtitle=told,
         x_label="pairs, in order of their difference",
         y_label=f"difference of {metric}",
@@ -195,8 +195,8 @@ def power_figure(comparison: Comparison, beta: float) -> Figure:
     axes = figure.add_subplot()
     decorate(
         axes,
-        title=f"{comparison.a} against {comparison.b}: chance of a verdict, P = {power.probability:.2f}",
-        subtitle=comparison.advice() or f"decided with {len(comparison.scores)} pairs",
+        title=f"{shorten(comparison.a)} against {shorten(comparison.b)}: chance of a verdict",
+        subtitle=_more(comparison, beta),
         x_label="pairs",
         y_label="chance of a significant verdict",
     )
@@ -209,6 +209,15 @@ def power_figure(comparison: Comparison, beta: float) -> Figure:
     axes.set_ylim(-0.02, 1.05)
     axes.set_xlim(left=0)
     return figure
+
+
+def _more(comparison: Comparison, beta: float) -> str:
+    power = comparison.power
+    assert power is not None
+    effect = f"were P = {power.probability:.2f} the truth"
+    if power.more is None:
+        return effect
+    return f"{effect}: {power.more} more pairs for a chance of {100 * (1 - beta):g}%" if power.more else effect
 
 
 def _source_rows(axes: object, sources: list[str], *, legend: bool) -> None:

@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS pipelines (
     pipeline_hash TEXT PRIMARY KEY, name TEXT NOT NULL, description TEXT NOT NULL, added REAL NOT NULL
 );
 """
+_PATIENCE = 100
 _JSON = ("seeds", "metrics", "fingerprints", "environment")
 
 
@@ -78,8 +79,16 @@ class Ledger:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._connection() as connection:
-            connection.executescript(_SCHEMA)
+        for attempt in range(_PATIENCE):  # where several processes make the file at once, all but one find it locked
+            try:
+                with self._connection() as connection:
+                    connection.execute("PRAGMA journal_mode = WAL")
+                    connection.executescript(_SCHEMA)
+                return
+            except sqlite3.OperationalError:
+                if attempt == _PATIENCE - 1:
+                    raise
+                time.sleep(0.05)
 
     def add(self, runs: Sequence[Mapping[str, Any]]) -> int:
         """Add runs that are not there yet, and return how many were new.
@@ -215,7 +224,6 @@ class Ledger:
         # one connection an operation: none is open when a run is forked
         with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as connection:
             connection.row_factory = sqlite3.Row
-            connection.execute("PRAGMA journal_mode = WAL")
             # a commit survives the end of the process, however it ends; a power cut may undo the last ones
             connection.execute("PRAGMA synchronous = NORMAL")
             yield connection

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,9 @@ from lightning_methods.errors import InvalidArgument
 
 # who turns a configuration into a training; the command line provides it, which methods do not import
 CONFIG_RUNNER = "lightning_methods.cli.study_run:prepare"
+
+# values that are told apart by what they print
+_PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
 
 PipelineFunction = Callable[[dict[str, int]], Any]
 
@@ -112,20 +115,38 @@ class FunctionRunner:
 
 
 def describe_function(function: Any) -> str:
-    """Return what identifies a function: its name, its source, and the plain values that it closes over."""
+    """Return what identifies a function: its source, the plain values that it refers to, and the functions it calls.
+
+    Of what it calls, functions of its own module count, and of theirs in turn; what is imported does not.
+    """
+    return "\n".join(_described(function, set()))
+
+
+def _described(function: Any, seen: set[int]) -> Iterator[str]:
     if isinstance(function, functools.partial):
-        return f"{describe_function(function.func)}\n{function.args!r} {sorted(function.keywords.items())!r}"
+        yield f"{function.args!r} {sorted(function.keywords.items())!r}"
+        function = function.func
+    if id(function) in seen:
+        return
+    seen.add(id(function))
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    module = getattr(function, "__module__", "")
+    yield f"{module}:{name} {getattr(function, '__defaults__', None)!r}"
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):
         source = ""
-    closure = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
-    plain = {k: v for k, v in closure.items() if isinstance(v, (bool, int, float, str, tuple, list, dict, type(None)))}
-    name = getattr(function, "__qualname__", type(function).__qualname__)
+    yield source
     if "<lambda>" in name or not source:  # several share a line; their code tells them apart
-        source += repr(_code(getattr(function, "__code__", None)))
-    where, defaults = getattr(function, "__module__", ""), getattr(function, "__defaults__", None)
-    return f"{where}:{name}\n{defaults!r}\n{plain!r}\n{source}"
+        yield repr(_code(getattr(function, "__code__", None)))
+    if not inspect.isfunction(function):
+        return
+    found = inspect.getclosurevars(function)
+    for key, value in sorted({**found.globals, **found.nonlocals}.items()):
+        if isinstance(value, _PLAIN):
+            yield f"{key}={value!r}"
+        elif inspect.isfunction(value) and value.__module__ == module:
+            yield from _described(value, seen)
 
 
 def _code(code: Any) -> Any:

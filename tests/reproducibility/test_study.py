@@ -111,6 +111,26 @@ def test_several_pipelines_share_the_level(tmp_path):
     assert found.ranking.rank_probability.shape == (3, 3)
 
 
+def test_another_code_or_value_is_another_pipeline(tmp_path):
+    def study(function):
+        return Study("code", metric="score", replicates=2, folder=tmp_path).add("A", function)
+
+    def hashed(function):
+        found = study(function)
+        return next(iter(found.hashes.values())) if found.prepared else ""
+
+    def shifted(amount):
+        return lambda seeds: pipelines.score(seeds, amount)
+
+    assert hashed(shifted(0.1)) == hashed(shifted(0.1))
+    assert hashed(shifted(0.1)) != hashed(shifted(0.2))
+    assert hashed(pipelines.better) != hashed(pipelines.plain)
+    one, two = {}, {}
+    exec("def inner(s):\n    return 1.0\ndef outer(s):\n    return inner(s)\n", one)
+    exec("def inner(s):\n    return 2.0\ndef outer(s):\n    return inner(s)\n", two)
+    assert hashed(one["outer"]) != hashed(two["outer"])  # what it calls has changed
+
+
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
