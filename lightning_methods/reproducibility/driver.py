@@ -14,7 +14,8 @@ from typing import Any
 from lightning_methods.reproducibility.executors import Executor
 from lightning_methods.reproducibility.ledger import Ledger, Run
 
-_PAUSE = 0.02
+# seconds between two looks at the runs: short after one has ended, for those that take no time, then longer
+_SHORT, _LONG = 0.001, 0.05
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def drive(
     owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     running: dict[str, tuple[Run, Any, float]] = {}
     extended = start = time.monotonic()
-    ended = 0
+    ended, pause = 0, _SHORT
     try:
         while True:
             while len(running) < workers and (run := ledger.claim(wanted, owner=owner, lease=lease)) is not None:
@@ -82,6 +83,7 @@ def drive(
                 if outcome is None:
                     continue
                 del running[run.run_id]
+                pause = _SHORT
                 ledger.finish(run.run_id, run.attempt, outcome, retries=retries)
                 ended += 1
                 if tell is not None:
@@ -91,7 +93,8 @@ def drive(
                 extended = time.monotonic()
                 for lost in ledger.extend({r.run_id: r.attempt for r, _, _ in running.values()}, lease=lease):
                     executor.stop(running.pop(lost)[1])  # this driver was taken for dead; another has the run
-            time.sleep(_PAUSE if running else 10 * _PAUSE)
+            time.sleep(pause if running else _LONG)
+            pause = min(1.3 * pause, _LONG)
     finally:
         for _, handle, _ in running.values():
             executor.stop(handle)
