@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_methods.errors import InvalidArgument, require
+from lightning_methods.errors import MissingDependency
 from lightning_methods.reproducibility.pipelines import Prepared
 from lightning_methods.reproducibility.worker import execute, write_outcome
 
@@ -278,9 +279,12 @@ class RayExecutor:
 
 def _installed(package: str, what: str) -> Any:
     try:
-        return require(package, extra="dev", why=what)
+        return importlib.import_module(package)
     except ImportError as error:
-        raise InvalidArgument(f"{what} needs the package {package!r}: pip install {package}. ({error})") from error
+        raise MissingDependency(
+            f"{what} needs the package {package!r}, which cannot be imported here ({error}). Install it with: "
+            f"pip install {package}"
+        ) from error
 
 
 # -- the process of a run ----------------------------------------------------------------------------------------------

@@ -77,14 +77,12 @@ def test_a_study_of_configurations_from_plan_to_diff(home, capsys, monkeypatch):
     assert {row["status"] for row in rows} == {"done"}
     assert {"val/accuracy", "val/loss", "train/loss", "fingerprint.final", "seed.order"} <= set(rows[0])
     # nothing is run again
-    assert main(["study", "resume", file]) == 0
-    assert "[6/6" not in capsys.readouterr().out
+    assert main(["study", "status", file]) == 0
+    assert "6 runs: 6 done" in capsys.readouterr().out
     assert main(["study", "diff", file, "with/0", "with/1"]) == 0
     assert "differ in: init, split, order, augment, dropout, final" in capsys.readouterr().out
     assert main(["study", "diff", file, "with/0", "with/repeat/0"]) == 0
     assert "drew the same from every source" in capsys.readouterr().out
-    assert main(["study", "plan", file]) == 0
-    assert "A run takes" in capsys.readouterr().out
     runs = read_runs("made")
     assert len({run.folder for run in runs}) >= 5
     summary = [run for run in runs if run.column("study/verdicts")]
@@ -93,6 +91,7 @@ def test_a_study_of_configurations_from_plan_to_diff(home, capsys, monkeypatch):
     assert summary[0].tables("study/runs")[0]["columns"][0] == "run_id"
 
 
+@pytest.mark.slow
 def test_reused_processes_equal_fresh_ones_bit_for_bit(home):
     write(home)
     found = [
@@ -122,8 +121,6 @@ def test_compare_with_a_callback(home, capsys):
     assert Path("studies/compare_AugmentedDropout/report.html").is_file()
     stored = yaml.safe_load(Path("studies/compare_AugmentedDropout/study.yaml").read_text())
     assert stored["pipelines"]["without"]["overrides"] == ["--trainer.limit_val_batches=2"]
-    assert main(["study", "status", "studies/compare_AugmentedDropout/study.yaml"]) == 0
-    assert "6 runs: 6 done" in capsys.readouterr().out
 
 
 def test_compare_without_a_callback(home, capsys, monkeypatch):
@@ -163,12 +160,10 @@ def test_studies_that_cannot_be_run(home, capsys, study, says):
 
 
 def test_metrics_that_are_not_measured(home):
-    for metric, says in (("val/acc", "Did you mean 'val/accuracy'"), ("train/loss", "is measured in training, not by")):
-        study = Study(
-            "m", metric=metric, replicates=2, folder=metric.replace("/", "_"), check_repeat=False, engine={"retries": 0}
-        )
-        study.add("A", config="base.yaml").run()
-        assert all(says in run.error for run in study.ledger.runs().values())
+    study = Study("m", metric="train/loss", replicates=2, folder="m", check_repeat=False, engine={"retries": 0})
+    study.add("A", config="base.yaml").run()
+    says = "'train/loss' is measured in training, not by validate. Did you mean 'val/loss'"
+    assert all(says in run.error for run in study.ledger.runs().values())
 
 
 def test_what_pairs_do_not_share_is_told(home):

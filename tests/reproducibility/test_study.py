@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_methods import Study
-from lightning_methods.errors import InvalidArgument
+from lightning_methods.errors import InvalidArgument, MissingDependency
 from lightning_methods.reproducibility.content import content_of
 from lightning_methods.reproducibility.report import findings, markdown, page
 from lightning_methods.reproducibility.settings import flat_options
@@ -219,7 +219,7 @@ def test_engines_that_are_not_installed_or_cannot_import_a_function(tmp_path, mo
     monkeypatch.setitem(sys.modules, "submitit", None)
     monkeypatch.setitem(sys.modules, "ray", None)
     for kind, package in (("slurm", "submitit"), ("ray", "ray")):
-        with pytest.raises(InvalidArgument, match=f"pip install {package}"):
+        with pytest.raises(MissingDependency, match=f"pip install {package}"):
             made(tmp_path, "plain", engine={"kind": kind}).run()
     study = Study("x", metric="score", folder=tmp_path / "x", engine={"process": "spawn"})
     with pytest.raises(InvalidArgument, match="cannot import the function of 'A'"):
