@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_methods.cli import PROGRAM
 from lightning_methods.cli._messages import readable
 from lightning_methods.cli.app import MethodsCLI, ReadableParser, as_process_arguments
-from lightning_methods.errors import InvalidArgument, did_you_mean
+from lightning_methods.errors import InvalidArgument, UnsupportedTraining, did_you_mean
 from lightning_methods.reproducibility import SeedStreams, lint_config, lint_datamodule
 from lightning_methods.reproducibility.pipelines import Pipeline, resolve
 from lightning_methods.reproducibility.seeding import GlobalGenerators
@@ -106,6 +106,7 @@ class ConfigRunner:
             warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
             self.cli.build(streams)
             trainer, model, data = self.cli.trainer, self.cli.model, self.cli.datamodule
+            _check_launcher(trainer)
             # the study has its own seeds, also where the configuration brings streams
             trainer.callbacks = [streams, *(c for c in trainer.callbacks if not isinstance(c, SeedStreams))]
             streams.seed("split")
@@ -162,6 +163,16 @@ class ConfigRunner:
         if module:
             with contextlib.suppress(ImportError, AttributeError):
                 self.notices += lint_datamodule(getattr(importlib.import_module(module), name))
+
+
+def _check_launcher(trainer: Any) -> None:
+    """Refuse the launcher that starts the other ranks by running the command anew: that would be the whole study."""
+    launcher = type(getattr(trainer.strategy, "launcher", None)).__name__
+    if trainer.world_size > 1 and "Script" in launcher:
+        raise UnsupportedTraining(
+            f"trainer.strategy with {trainer.world_size} processes would start the study again for each of them. Set "
+            "trainer.strategy to ddp_fork (CPU) or ddp_spawn, or trainer.devices to 1."
+        )
 
 
 def prepare(pipeline: Pipeline, settings: Mapping[str, Any]) -> ConfigRunner:

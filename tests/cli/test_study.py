@@ -166,6 +166,20 @@ def test_metrics_that_are_not_measured(home):
     assert all(says in run.error for run in study.ledger.runs().values())
 
 
+def test_ranks_that_would_start_the_study_again_are_refused(home):
+    study = Study("ddp", metric="val/loss", replicates=2, folder="ddp", check_repeat=False, engine={"retries": 0})
+    study.add("A", config="base.yaml", overrides={"trainer.devices": 2, "trainer.strategy": "ddp"}).run()
+    assert all("ddp_fork" in run.error for run in study.ledger.runs().values())
+
+
+@pytest.mark.slow
+def test_two_processes_in_a_run(home):
+    study = Study("ddp", metric="val/loss", replicates=2, folder="ddp", check_repeat=False, engine={"retries": 0})
+    overrides = {"trainer.devices": 2, "trainer.strategy": "ddp_fork", "trainer.limit_val_batches": 2}
+    found = study.add("A", config="base.yaml", overrides=overrides).run()
+    assert len(found.scores["A"]) == 2, [run.error for run in study.ledger.runs().values()]
+
+
 def test_what_pairs_do_not_share_is_told(home):
     larger = {"config": "base.yaml", "overrides": {"data.init_args.batch_size": 16}}
     file = write(home, pipelines={"large": {"config": "base.yaml"}, "small": larger})
