@@ -19,7 +19,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_methods.reproducibility.seeding import SeededIndices, Stream, seed_all
+from lightning_methods.reproducibility.seeding import SeededIndices, Stream, seed_all, seed_torch
 
 # these draw all they need, or the seed of their own generator, when their first index is asked for
 _DRAW_ONCE = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
@@ -98,12 +98,12 @@ class _Batches:
             self._begin()
         elif not self.once:
             sampler.order.enter(*self.place, self.batch)
-        key = sampler.augment.key(sampler.rank, *self.place, self.batch)
+        key = self.key(self.batch)
         self.batch += 1
         try:
             drawn = next(self.indices)
         finally:  # also when there are no more: the transfer of the last batches to the device may still draw
-            seed_all(key)
+            self.seed(key)
         self.tell(_raw(drawn))
         if sampler.bootstrap is not None:
             drawn = sampler.bootstrap[drawn].tolist()
@@ -112,6 +112,9 @@ class _Batches:
     def _begin(self) -> None:
         sampler = self.sampler
         self.place, self.tell = sampler.begin()
+        self.key = sampler.augment.within(sampler.rank, *self.place)
+        # where others fetch, what is left to draw from here is the transfer to the device
+        self.seed = seed_torch if sampler.in_workers else seed_all
         key = sampler.order.enter(*self.place, 0)
         own = getattr(sampler.inner, "sampler", sampler.inner)
         if isinstance(own, DistributedSampler):

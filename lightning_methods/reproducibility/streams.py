@@ -23,9 +23,11 @@ from lightning_methods.reproducibility.fingerprints import (
 )
 from lightning_methods.reproducibility.loading import Place, owned_generator, streamed
 from lightning_methods.reproducibility.numerical import KINDS, Kind, disturb
-from lightning_methods.reproducibility.seeding import SOURCES, GlobalGenerators, Stream, check_seed
+from lightning_methods.reproducibility.seeding import SOURCES, GlobalGenerators, Stream, check_seed, seed_all
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+# light fingerprints look at the generators in so many batches of each epoch
+_LOOKS = 16
 _STAGES = ("train", "sanity_check", "validate", "test", "predict")
 
 
@@ -61,8 +63,8 @@ class SeedStreams(Callback):
         numerical_kind: `"ulp"` moves one weight, drawn from the seed, to the next number of its type before training;
             `"threads"` draws the number of threads; `"hardware"` disturbs nothing: what still differs comes from it.
         bootstrap: draw the training set with replacement, from the split's stream (each rank the same).
-        fingerprint: `"light"` hashes indices and states of generators, `"full"` also the content of each training
-            batch (`batches`), `"off"` nothing.
+        fingerprint: `"light"` hashes all indices, and the states of generators in the first 16 batches of each epoch;
+            `"full"` the states in all of them and the content of each training batch (`batches`); `"off"` nothing.
         force: pass over a generator that a loader or sampler was given, which otherwise keeps its order and is warned
             about.
 
@@ -116,8 +118,10 @@ class SeedStreams(Callback):
         self._undo: list[Callable[[], Any]] = []
         self._passes: dict[Place, int] = {}
         self._loaders: dict[str, int] = {}
-        self._batch: Place = (0, 0)
+        self._batch = 0
         self._calls = 0
+        self._place: Place = ()
+        self._keys: Callable[[int], int] = self.streams["dropout"].key
         self._foreign = False
         self._begun = False
         self._ordered = ""
@@ -155,6 +159,7 @@ class SeedStreams(Callback):
         self._detach()
         self._outside, self._threads = GlobalGenerators(), torch.get_num_threads()
         self._passes, self._loaders, self._foreign, self._begun = {}, {}, False, False
+        self._place = ()
         self._fixed.pop("final", None)
         strategy = trainer.strategy
         for name in _STEPS:
@@ -187,16 +192,12 @@ class SeedStreams(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Note where the training stands."""
-        self._batch, self._calls, self._begun = (_epoch(trainer), batch_idx), 0, True
-        if self.fingerprint != "off":
-            self._chain("augment").add(generator_state())
+        self._batch, self._calls, self._begun = batch_idx, 0, True
         if self.fingerprint == "full":
             self._chain("batches").add(hash_batch(batch))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Note what the step drew."""
-        if self.fingerprint != "off":
-            self._chain("dropout").add(generator_state())
+        """Seed the next batch of what is no DataLoader."""
         self._augment(trainer, batch_idx + 1)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -276,15 +277,28 @@ class SeedStreams(Callback):
 
     def _step(self, trainer: Any, kind: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if kind == "training":
-            self.streams["dropout"].enter(rank(), *self._batch, self._calls)
-            self._calls += 1
-            return original(*args, **kwargs)
+            return self._training_step(trainer, original, *args, **kwargs)
         stage = trainer.state.stage.value
         self.streams["evaluation"].enter(rank(), *self._evaluated(trainer, stage), self._calls)
         self._calls += 1
         result = original(*args, **kwargs)
         if self.fingerprint != "off" and not trainer.sanity_checking:
             self._chain("evaluation").add(generator_state())
+        return result
+
+    def _training_step(self, trainer: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        epoch, calls = _epoch(trainer), self._calls
+        if self._place != (epoch, calls):
+            self._place, self._keys = (epoch, calls), self.streams["dropout"].within(rank(), epoch, calls)
+        looks = self.fingerprint == "full" or (self.fingerprint == "light" and self._batch < _LOOKS)
+        if looks and calls == 0:
+            self._chain("augment").add(generator_state())
+        key = self._keys(self._batch)
+        seed_all(key)
+        self._calls += 1
+        result = original(*args, **kwargs)
+        if looks:
+            self._chain("dropout").add(generator_state())
         return result
 
     def _evaluated(self, trainer: Any, stage: str) -> Place:

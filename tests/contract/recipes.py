@@ -273,8 +273,8 @@ class SeededByHand(SharedNoiseModule):
         torch.set_rng_state(self.outside)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        key = Stream("dropout", 5).key(self.global_rank, self.current_epoch, batch_idx, 0)
-        torch.default_generator.manual_seed(key)
+        key = Stream("dropout", 5).within(self.global_rank, self.current_epoch, 0)
+        torch.default_generator.manual_seed(key(batch_idx))
         return super().training_step(batch, batch_idx)
 
 
