@@ -39,6 +39,7 @@ _EXPORTS = {
     "ScatteringEncoder": "geometric_scattering",
     "ScatteringExplorer": "geometric_scattering",
     "ScatteringSVM": "geometric_scattering",
+    "CapsuleMonitor": "ladder_capsule",
     "CapsuleNetwork": "ladder_capsule",
     "CodeOverlap": "ladder_capsule",
     "EquivarianceR2": "ladder_capsule",
@@ -101,6 +102,7 @@ if TYPE_CHECKING:
     from lightning_methods.importance_weighting import PolyTailLoss as PolyTailLoss
     from lightning_methods.importance_weighting import VSLoss as VSLoss
     from lightning_methods.importance_weighting import WeightEffectMonitor as WeightEffectMonitor
+    from lightning_methods.ladder_capsule import CapsuleMonitor as CapsuleMonitor
     from lightning_methods.ladder_capsule import CapsuleNetwork as CapsuleNetwork
     from lightning_methods.ladder_capsule import CodeOverlap as CodeOverlap
     from lightning_methods.ladder_capsule import EquivarianceR2 as EquivarianceR2

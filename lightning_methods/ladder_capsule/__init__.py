@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_methods.ladder_capsule.callback import CapsuleMonitor
 from lightning_methods.ladder_capsule.capsnet import CapsuleNetwork
 from lightning_methods.ladder_capsule.functional import (
     activities,
@@ -24,6 +25,7 @@ from lightning_methods.ladder_capsule.metrics import CodeOverlap, EquivarianceR2
 from lightning_methods.ladder_capsule.module import LadderCapsuleNetwork
 
 __all__ = [
+    "CapsuleMonitor",
     "CapsuleNetwork",
     "CodeOverlap",
     "DynamicRouting",

@@ -91,6 +91,7 @@ class CapsuleModule(OneFamily, LightningModule):
         )
         rows, columns = self.primary.grid(features)
         self.grid = (rows, columns, types)
+        self.extent = _extent(self.image_shape, rows, columns, kernel_size, stride, known=backbone is None)
         self.decoder: Decoder | None = (
             Decoder(num_classes, pose_dim, self.image_shape, hidden=decoder_hidden, activation=decoder_activation)
             if decoder
@@ -276,6 +277,20 @@ def _convolution(image_shape: tuple[int, int, int], width: int, kernel_size: int
     nn.init.xavier_uniform_(conv.weight)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return nn.Sequential(conv, nn.ReLU())
+
+
+def _extent(
+    image_shape: tuple[int, int, int], rows: int, columns: int, kernel_size: int, stride: int, *, known: bool
+) -> tuple[float, float, float, float]:
+    """Return (left, right, bottom, top) of the grid of capsules in pixels: where the centres of their fields lie.
+
+    Of a backbone that is not `known` nothing is known of these, and the grid is laid over the whole image.
+    """
+    if not known:
+        return -0.5, image_shape[2] - 0.5, image_shape[1] - 0.5, -0.5
+    first, half = kernel_size - 1, stride / 2
+    right, bottom = (first + stride * (count - 1) + half for count in (columns, rows))
+    return first - half, right, bottom, first - half
 
 
 def _dry_run(backbone: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:

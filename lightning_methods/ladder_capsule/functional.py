@@ -48,10 +48,15 @@ def safe_norm(x: Tensor, dim: int = -1, *, keepdim: bool = False, eps: float = _
         tensor([0., 0.])
     """
     with torch.autocast(x.device.type, enabled=False):
-        x = wide(x)
-        scale = x.detach().abs().amax(dim, keepdim=True).clamp(min=1)
-        norm = ((x / scale).square().sum(dim, keepdim=True) + (eps / scale).square()).sqrt() * scale
-        return norm if keepdim else norm.squeeze(dim)
+        _, norm, scale = _scaled(wide(x), dim, eps)
+        return norm * scale if keepdim else (norm * scale).squeeze(dim)
+
+
+def _scaled(x: Tensor, dim: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return vectors divided by their largest component, where that is above 1, their norms, and the divisor."""
+    scale = x.detach().abs().amax(dim, keepdim=True).clamp(min=1)
+    x = x / scale
+    return x, (x.square().sum(dim, keepdim=True) + (eps / scale).square()).sqrt(), scale
 
 
 def squash(s: Tensor, dim: int = -1, *, eps: float = _EPS) -> Tensor:
@@ -76,9 +81,8 @@ def squash(s: Tensor, dim: int = -1, *, eps: float = _EPS) -> Tensor:
                 [0.5769, 0.7692]])
     """
     with torch.autocast(s.device.type, enabled=False):
-        s = wide(s)
-        norm = safe_norm(s, dim, keepdim=True, eps=eps)
-        return _share(norm) * (s / (norm + eps))
+        s, norm, scale = _scaled(wide(s), dim, eps)
+        return _share(norm * scale) * (s / (norm + eps / scale))
 
 
 def activities(capsules: Tensor) -> Tensor:
