@@ -167,9 +167,9 @@ def warp(images: Tensor, affine: Affine) -> Tensor:
     from_x = inverse[:, 0, 0] * u + inverse[:, 0, 1] * v
     from_y = inverse[:, 1, 0] * u + inverse[:, 1, 1] * v
     grid = np.stack([from_x * 2 / width, from_y * 2 / height], -1)
-    # at 1e-6 of a pixel a shift by whole pixels is exact
-    grid = torch.from_numpy(np.round(grid, 9)).to(images.dtype)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    # in float64, where whole pixels come out exact
+    moved = F.grid_sample(images.double(), torch.from_numpy(grid), padding_mode="zeros", align_corners=False)
+    return moved.to(images.dtype)
 
 
 def on_canvas(images: Tensor, side: int | None) -> Tensor:

@@ -70,24 +70,28 @@ class PosedImages(Dataset):
 
 
 class _Epochs(Sampler[int]):
-    """Shuffle the images, and number them so that each epoch has poses of its own."""
+    """Shuffle the images, and number them so that each epoch has poses of its own.
 
-    def __init__(self, size: int, epoch: Callable[[], int]) -> None:
-        self._size, self._epoch = size, epoch
+    The order follows from seed and epoch, whatever else draws random numbers: workers do, in their own number.
+    """
+
+    def __init__(self, size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self._size, self._seed, self._epoch = size, seed, epoch
 
     def __len__(self) -> int:
         return self._size
 
     def __iter__(self) -> Iterator[int]:
-        start = self._size * self._epoch()
-        return iter((torch.randperm(self._size) + start).tolist())
+        epoch = self._epoch()
+        order = np.random.default_rng((self._seed, epoch)).permutation(self._size)
+        return iter((order + self._size * epoch).tolist())
 
 
 class PoseDataModule(LightningDataModule):
     """Images turned, shifted, scaled and sheared: trained in a range of poses, tested at levels in and beyond it.
 
-    Training images take a new pose in every epoch, the same in every run of one seed, for any number of workers and
-    after a resume. Validation images have poses of the training range, always the same. For the test there is one
+    Training images take a new order and new poses in every epoch, the same in every run of one seed, for any number of
+    workers and after a resume. Validation images have poses of the training range, always the same. For the test there is one
     loader a level, with the images in one order in all of them, so that they can be compared one by one.
 
     Values are from 0 to 1, and black where nothing was.
@@ -156,7 +160,8 @@ class PoseDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_choice("dataset", dataset, ("mnist", "digits", "cifar10", "image_folder"))
-        check_choice("preset", preset, (None, "affnist"))
+        if preset is not None:
+            check_choice("preset", preset, ("affnist",))
         check_at_least("batch_size", batch_size, 1)
         check_at_least("num_workers", num_workers, 0)
         if test_size is not None:
@@ -230,7 +235,7 @@ class PoseDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Return the shuffled loader of the training part."""
         dataset = self._made(self.train_dataset, "fit")
-        return self._loader(dataset, sampler=_Epochs(len(dataset), self._epoch))
+        return self._loader(dataset, sampler=_Epochs(len(dataset), self.seed, self._epoch))
 
     def val_dataloader(self) -> Any:
         """Return the loader of the validation part, or no loader where there is no such part."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_methods.core._lightning import Callback
 from lightning_methods.core.batches import inputs_of
 from lightning_methods.core.gather import all_sum, gather_rows
-from lightning_methods.core.passes import batches
+from lightning_methods.core.passes import batches, preserved
 from lightning_methods.errors import InvalidArgument, UnsupportedTraining
 from lightning_methods.ladder_capsule.base import best
 from lightning_methods.ladder_capsule.drawing import entropy, image_grid, overlay
@@ -184,17 +184,13 @@ class CapsuleMonitor(Callback):
     # -- images --------------------------------------------------------------------------------------------------------
 
     def _show_images(self, trainer: Any, pl_module: Any, x: Tensor) -> None:
-        training = pl_module.training
-        pl_module.eval()
-        try:
-            with torch.no_grad(), trainer.precision_plugin.forward_context():
-                out = pl_module(x)
-                classes = [f"class {int(c)}" for c in out.scores.argmax(1)]
-                self._show_capsules(trainer, pl_module, x, out, classes)
-                if pl_module.decoder is not None:
-                    self._show_decoded(trainer, pl_module, x, out, classes)
-        finally:
-            pl_module.train(training)
+        with preserved(pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():
+            pl_module.eval()
+            out = pl_module(x)
+            classes = [f"class {int(c)}" for c in out.scores.argmax(1)]
+            self._show_capsules(trainer, pl_module, x, out, classes)
+            if pl_module.decoder is not None:
+                self._show_decoded(trainer, pl_module, x, out, classes)
 
     def _show_capsules(self, trainer: Any, pl_module: Any, x: Tensor, out: Any, classes: list[str]) -> None:
         kept = hasattr(out, "code")

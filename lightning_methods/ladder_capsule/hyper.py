@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+MapInit = Literal["xavier", "unit"]
 
 
 class Maps(NamedTuple):
@@ -77,6 +80,7 @@ class PerClassHyperNetworks(nn.Module):
         out_dim: dimension D of a pose.
         hidden: hidden widths of the networks that make the maps.
         coupling_hidden: hidden widths of the network that makes the coupling.
+        map_init: `"xavier"` for all layers as in the official code; `"unit"`, which see in `LadderHead`.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class PerClassHyperNetworks(nn.Module):
         out_dim: int,
         hidden: Sequence[int],
         coupling_hidden: Sequence[int],
+        map_init: MapInit,
     ) -> None:
         super().__init__()
         self.shape = (k, in_dim, out_dim)
@@ -95,6 +100,8 @@ class PerClassHyperNetworks(nn.Module):
         self.code = CodeLinear(num_caps, [(2 * num_classes, hidden[0]), (num_classes, coupling_hidden[0])])
         self.maps = _chain(2 * num_classes, [*hidden, math.prod(self.shape)])
         self.coupling = _chain(num_classes, [*coupling_hidden, k])
+        if map_init == "unit":
+            unit_maps_(self.maps[-1], in_dim)
 
     def forward(self, indices: Tensor) -> Maps:
         """Return the maps and the coupling for the codes at `indices` `(B, k)`."""
@@ -115,11 +122,19 @@ class SharedHyperNetworks(nn.Module):
 
     Args:
         rank: number of maps that are mixed.
-        num_caps, num_classes, k, in_dim, out_dim, hidden: as in `PerClassHyperNetworks`.
+        num_caps, num_classes, k, in_dim, out_dim, hidden, map_init: as in `PerClassHyperNetworks`.
     """
 
     def __init__(
-        self, num_caps: int, num_classes: int, k: int, in_dim: int, out_dim: int, hidden: Sequence[int], rank: int
+        self,
+        num_caps: int,
+        num_classes: int,
+        k: int,
+        in_dim: int,
+        out_dim: int,
+        hidden: Sequence[int],
+        rank: int,
+        map_init: MapInit,
     ) -> None:
         super().__init__()
         self.shape = (k, in_dim, out_dim)
@@ -129,6 +144,8 @@ class SharedHyperNetworks(nn.Module):
         self.mixture = GroupedLinear(2 * num_classes, hidden[-1], rank)
         self.basis = GroupedLinear(2, rank, math.prod(self.shape))
         self.coupling = GroupedLinear(num_classes, hidden[-1], k)
+        if map_init == "unit":
+            unit_maps_(self.basis, in_dim)
 
     def forward(self, indices: Tensor) -> Maps:
         """Return the maps and the coupling for the codes at `indices` `(B, k)`."""
@@ -145,6 +162,11 @@ def _chain(groups: int, widths: Sequence[int]) -> nn.Sequential:
     """Return a ReLU and a linear layer a step from a width to the next."""
     steps = ((nn.ReLU(), GroupedLinear(groups, a, b)) for a, b in itertools.pairwise(widths))
     return nn.Sequential(*itertools.chain.from_iterable(steps))
+
+
+def unit_maps_(last: GroupedLinear, in_dim: int) -> None:
+    """Draw biases that map a pose of length 1 to a capsule of about length 1."""
+    nn.init.normal_(last.bias, std=1 / math.sqrt(in_dim))
 
 
 def xavier_(weight: Tensor, fan_in: int, fan_out: int) -> None:

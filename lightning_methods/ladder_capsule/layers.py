@@ -20,7 +20,7 @@ from lightning_methods.ladder_capsule.functional import (
     squash,
     top_capsules,
 )
-from lightning_methods.ladder_capsule.hyper import PerClassHyperNetworks, SharedHyperNetworks
+from lightning_methods.ladder_capsule.hyper import MapInit, PerClassHyperNetworks, SharedHyperNetworks
 
 Activation = Literal["relu", "none"]
 HyperNetworks = Literal["per_class", "shared"]
@@ -181,6 +181,9 @@ class LadderHead(nn.Module):
         coupling_hidden: hidden widths of those of the coupling; k three times in the official code.
         hyper: `"per_class"` as in the paper, or `"shared"`: one trunk and maps of low rank (ours).
         rank: of the maps of `"shared"`, 64.
+        map_init: first maps. `"xavier"`, the usual one of `"per_class"` and that of the official code, makes them so
+            small that every capsule is reconstructed as almost nothing, and gradients vanish in the squashing;
+            `"unit"`, the usual one of `"shared"`, begins at reconstructions of about length 1 and learns faster (ours).
 
     Raises:
         InvalidArgument: if a number is not positive, k is larger than `num_caps`, or a name is unknown.
@@ -205,8 +208,11 @@ class LadderHead(nn.Module):
         coupling_hidden: Sequence[int] | None = None,
         hyper: HyperNetworks = "per_class",
         rank: int = 64,
+        map_init: MapInit | None = None,
     ) -> None:
         super().__init__()
+        if map_init is not None:
+            check_choice("map_init", map_init, ("xavier", "unit"))
         check_positive(num_caps=num_caps, num_classes=num_classes, k=k, in_dim=in_dim, out_dim=out_dim, rank=rank)
         check_choice("hyper", hyper, ("per_class", "shared"))
         if k > num_caps:
@@ -221,7 +227,9 @@ class LadderHead(nn.Module):
         self.num_caps, self.k, self.in_dim = num_caps, k, in_dim
         sizes = (num_caps, num_classes, k, in_dim, out_dim, list(hidden))
         self.hyper: nn.Module = (
-            PerClassHyperNetworks(*sizes, coupling) if hyper == "per_class" else SharedHyperNetworks(*sizes, rank)
+            PerClassHyperNetworks(*sizes, coupling, map_init or "xavier")
+            if hyper == "per_class"
+            else SharedHyperNetworks(*sizes, rank, map_init or "unit")
         )
 
     def forward(self, pruned: Pruned) -> LadderOutput:

@@ -20,6 +20,7 @@ from lightning_methods.ladder_capsule.functional import (
     code_regulariser,
     margin_loss,
 )
+from lightning_methods.ladder_capsule.hyper import MapInit
 from lightning_methods.ladder_capsule.layers import (
     Activation,
     HyperNetworks,
@@ -60,6 +61,7 @@ class LadderCapsuleNetwork(CapsuleModule):
         coupling_hidden: hidden widths of those of the coupling; by default k three times, as there.
         hyper: `"per_class"` as in the paper, 80.9 million parameters at its size, or `"shared"`: 7.5 million.
         rank: of the maps of `"shared"`.
+        map_init: first maps, `"xavier"` as in the official code or `"unit"`, see `LadderHead`.
         loss: constants of the paper's text, or of the official `"code"`.
         m_plus, m_minus, lam: constants of the margin loss in place of these.
         reg_weight: weight of the loss of the code vector, 1e-4 in the official code; 0 for none.
@@ -108,6 +110,7 @@ class LadderCapsuleNetwork(CapsuleModule):
         coupling_hidden: Sequence[int] | None = None,
         hyper: HyperNetworks = "per_class",
         rank: int = 64,
+        map_init: MapInit | None = None,
         loss: LossName = "paper",
         m_plus: float | None = None,
         m_minus: float | None = None,
@@ -127,7 +130,8 @@ class LadderCapsuleNetwork(CapsuleModule):
         targets: int | str | Callable[[Any], Any] | None = None,
     ) -> None:
         check_choice("loss", loss, PRESETS)
-        check_choice("reg", reg, (None, "l2", "l1_mean"))
+        if reg is not None:
+            check_choice("reg", reg, ("l2", "l1_mean"))
         for name, number in (("reg_weight", reg_weight), ("lam", lam), ("m_plus", m_plus), ("m_minus", m_minus)):
             if number is not None and not number >= 0:
                 raise InvalidArgument(f"{name}={number}: at least 0 is needed.")
@@ -171,6 +175,7 @@ class LadderCapsuleNetwork(CapsuleModule):
             coupling_hidden=coupling_hidden,
             hyper=hyper,
             rank=rank,
+            map_init=map_init,
         )
 
     def forward(self, x: Tensor) -> LadderOutput:
