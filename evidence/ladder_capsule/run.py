@@ -45,6 +45,9 @@ ANGLES = (-90, -60, -45, -30, -15, 0, 15, 30, 45, 60, 90)
 class Size:
     """How large networks and data are, and for how long is trained."""
 
+    pool: int  # images are averaged over so many pixels a side before the first convolution
+    kernel: int
+    stride: int
     width: int
     types: int
     pose_dim: int
@@ -60,8 +63,8 @@ class Size:
 
 
 SIZES = {
-    "reduced": Size(24, 8, 8, 32, (16, 32, 48), 32, 2000, 500, 50, 10, 1e-3, 3),
-    "official": Size(256, 32, 16, 70, (128, 256, 384), 64, None, None, 200, 30, 2e-3, 3),
+    "reduced": Size(2, 5, 1, 24, 8, 8, 32, (16, 32, 48), 32, 1250, 400, 25, 10, 1e-3, 3),
+    "official": Size(1, 9, 2, 256, 32, 16, 70, (128, 256, 384), 64, None, None, 200, 30, 2e-3, 3),
 }
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -76,6 +79,10 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 
 
+def backbone(size: Size) -> nn.Module:
+    return nn.Sequential(nn.AvgPool2d(size.pool), nn.Conv2d(1, size.width, size.kernel), nn.ReLU())
+
+
 class CNN(nn.Module):
     """The convolutions of the capsule networks, a hidden layer in place of capsules, and logits.
 
@@ -84,18 +91,13 @@ class CNN(nn.Module):
 
     def __init__(self, size: Size, side: int, like: nn.Module) -> None:
         super().__init__()
-        flat = size.types * 8 * ((side - 17) // 2 + 1) ** 2
-        convolutions = size.width * 82 + size.types * 8 * (81 * size.width + 1)
-        hidden = round((parameters(like) - convolutions - 10) / (flat + 11))
-        self.features = nn.Sequential(
-            nn.Conv2d(1, size.width, 9),
-            nn.ReLU(),
-            nn.Conv2d(size.width, size.types * 8, 9, 2),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(flat, hidden),
-            nn.ReLU(),
+        first = backbone(size)
+        second = nn.Sequential(
+            nn.Conv2d(size.width, size.types * 8, size.kernel, size.stride), nn.ReLU(), nn.Flatten()
         )
+        flat = second(first(torch.zeros(1, 1, side, side))).shape[1]
+        hidden = round((parameters(like) - parameters(first) - parameters(second) - 10) / (flat + 11))
+        self.features = nn.Sequential(first, second, nn.Linear(flat, hidden), nn.ReLU())
         self.head = nn.Linear(hidden, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,21 +105,24 @@ class CNN(nn.Module):
 
 
 def networks(size: Size, side: int) -> dict[str, Callable[[], pl.LightningModule]]:
-    usual: dict[str, Any] = {"image_size": side, "width": size.width, "types": size.types, "pose_dim": size.pose_dim}
-    usual |= {"lr": size.lr}
+    usual: dict[str, Any] = {"image_size": side, "types": size.types, "pose_dim": size.pose_dim, "lr": size.lr}
+    usual |= {"kernel_size": size.kernel, "stride": size.stride}
     ladder: dict[str, Any] = {"k": size.k, "hidden": size.hidden, "rank": size.rank, **usual}
 
     def adam(weights: Any) -> torch.optim.Optimizer:
         return torch.optim.Adam(weights, lr=size.lr)
 
+    def made(**settings: Any) -> Callable[[], pl.LightningModule]:
+        return lambda: LadderCapsuleNetwork(backbone(size), **{**ladder, **settings})
+
     return {
-        "CNN": lambda: Classifier(CNN(size, side, LadderCapsuleNetwork(hyper="shared", **ladder)), adam),
-        "CNN, large": lambda: Classifier(CNN(size, side, LadderCapsuleNetwork(**ladder)), adam),
-        "CapsNet": lambda: CapsuleNetwork(reconstruction=False, **usual),
-        "L-CapsNet, shared trunk": lambda: LadderCapsuleNetwork(hyper="shared", **ladder),
-        "L-CapsNet": lambda: LadderCapsuleNetwork(**ladder),
-        "L-CapsNet, unit maps": lambda: LadderCapsuleNetwork(map_init="unit", **ladder),
-        CODE: lambda: LadderCapsuleNetwork(map_init="unit", loss="code", **ladder),
+        "CNN": lambda: Classifier(CNN(size, side, made(hyper="shared")()), adam),
+        "CNN, large": lambda: Classifier(CNN(size, side, made()()), adam),
+        "CapsNet": lambda: CapsuleNetwork(backbone(size), reconstruction=False, **usual),
+        "L-CapsNet, shared trunk": made(hyper="shared"),
+        "L-CapsNet": made(),
+        "L-CapsNet, unit maps": made(map_init="unit"),
+        CODE: made(map_init="unit", loss="code"),
     }
 
 
@@ -138,8 +143,8 @@ def main() -> None:
         torch.set_num_threads(1)
     size = SIZES[options.size]
     path = RESULTS / f"{options.size}.csv"
-    for seed in range(options.seeds or size.seeds):
-        for protocol, poses in PROTOCOLS.items():
+    for protocol, poses in PROTOCOLS.items():
+        for seed in range(options.seeds or size.seeds):
             for name, build in networks(size, poses.get("canvas", 28)).items():
                 wanted = name != CODE or protocol == "clean"  # for its constants alone
                 if wanted and (str(seed), protocol, name) not in finished(path):

@@ -240,6 +240,17 @@ class CapsuleModule(OneFamily, LightningModule):
         return None
 
 
+def plain(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that are plain values, so that checkpoints load with `weights_only=True`.
+
+    Example:
+        >>> plain({"k": 70, "hidden": (128, 256), "backbone": nn.ReLU(), "reg": None})
+        {'k': 70, 'hidden': [128, 256]}
+    """
+    whole = {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in given.items() if not k.startswith("_")}
+    return {k: v for k, v in whole.items() if isinstance(v, (int, float, str, list))}
+
+
 def best(scores: Tensor, count: int | Tensor) -> Tensor:
     """Return ones for the `count` highest activities of each row, the first of equal ones.
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_methods.core.batches import inputs_of
-from lightning_methods.ladder_capsule.base import CapsuleModule
+from lightning_methods.ladder_capsule.base import CapsuleModule, plain
 from lightning_methods.ladder_capsule.functional import activities, margin_loss, safe_norm, squash
 from lightning_methods.ladder_capsule.layers import Activation, CapsuleOutput, DynamicRouting
 
@@ -90,6 +90,7 @@ class CapsuleNetwork(CapsuleModule):
         inputs: int | str | Callable[[Any], Any] | None = None,
         targets: int | str | Callable[[Any], Any] | None = None,
     ) -> None:
+        settings = plain(locals())
         super().__init__(
             backbone,
             in_channels=in_channels,
@@ -112,8 +113,7 @@ class CapsuleNetwork(CapsuleModule):
             inputs=inputs,
             targets=targets,
         )
-        # plain values only, so that checkpoints load with weights_only=True
-        self.save_hyperparameters(ignore=["backbone", "optimizer", "scheduler", "inputs", "targets"])
+        self.save_hyperparameters(settings)
         self.constants = {"m_plus": m_plus, "m_minus": m_minus, "lam": lam}
         self.head = DynamicRouting(
             self.num_caps, num_classes, capsule_dim, pose_dim, iters=routing_iters, detach=detach_routing

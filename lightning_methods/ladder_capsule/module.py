@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, StepLR
 
 from lightning_methods.core.batches import inputs_of
 from lightning_methods.errors import InvalidArgument, check_choice
-from lightning_methods.ladder_capsule.base import CapsuleModule
+from lightning_methods.ladder_capsule.base import CapsuleModule, plain
 from lightning_methods.ladder_capsule.functional import (
     PRESETS,
     LossName,
@@ -129,6 +129,7 @@ class LadderCapsuleNetwork(CapsuleModule):
         inputs: int | str | Callable[[Any], Any] | None = None,
         targets: int | str | Callable[[Any], Any] | None = None,
     ) -> None:
+        settings = plain(locals())
         check_choice("loss", loss, PRESETS)
         if reg is not None:
             check_choice("reg", reg, ("l2", "l1_mean"))
@@ -159,8 +160,7 @@ class LadderCapsuleNetwork(CapsuleModule):
             inputs=inputs,
             targets=targets,
         )
-        # plain values only, so that checkpoints load with weights_only=True
-        self.save_hyperparameters(ignore=["backbone", "optimizer", "scheduler", "inputs", "targets"])
+        self.save_hyperparameters(settings)
         given = {"m_plus": m_plus, "m_minus": m_minus, "lam": lam, "reg": reg}
         self.constants = PRESETS[loss]._replace(**{name: x for name, x in given.items() if x is not None})
         self.reg_weight, self.lr_gamma, self.lr_step = reg_weight, lr_gamma, lr_step

@@ -49,9 +49,9 @@ def test_first_weights_are_those_of_the_official_code() -> None:
     torch.manual_seed(0)
     layer = CodeLinear(100, [(4, 20), (2, 50)])
     maps, coupling = layer.weight.split([80, 100], dim=1)
-    assert maps.abs().max() == pytest.approx((6 / 120) ** 0.5, rel=0.01)
-    assert coupling.abs().max() == pytest.approx((6 / 150) ** 0.5, rel=0.01)
-    assert layer.bias[:80].abs().max() == pytest.approx((3 / 20) ** 0.5, rel=0.1)
+    assert maps.abs().max().item() == pytest.approx((6 / 120) ** 0.5, rel=0.01)
+    assert coupling.abs().max().item() == pytest.approx((6 / 150) ** 0.5, rel=0.01)
+    assert layer.bias[:80].abs().max().item() == pytest.approx((3 / 20) ** 0.5, rel=0.1)
 
 
 # --- primary capsules
