@@ -85,8 +85,12 @@ class CapsuleMonitor(Callback):
             raise InvalidArgument("steps is empty: at least one number to add to a pose is needed.")
         self.data, self.limit, self.images, self.dead_below = data, limit, images, dead_below
         self.steps, self.every_n_epochs, self.log_prefix = tuple(steps), every_n_epochs, log_prefix
+        self._begin()
+
+    def _begin(self) -> None:
         self.history: list[tuple[int, dict[str, float]]] = []
         self.figure_paths: list[Path] = []
+        self._epoch, self._looked = 0, -1  # the running epoch, and the last one that was looked at
 
     @property
     def state_key(self) -> str:
@@ -95,11 +99,13 @@ class CapsuleMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was logged so far."""
-        return {"history": [[epoch, dict(values)] for epoch, values in self.history]}
+        history = [[epoch, dict(values)] for epoch, values in self.history]
+        return {"history": history, "epoch": self._epoch, "looked": self._looked}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
         self.history = [(epoch, dict(values)) for epoch, values in state_dict["history"]]
+        self._epoch, self._looked = state_dict["epoch"], state_dict["looked"]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Look at the module, and begin anew; what a checkpoint brings comes after it."""
@@ -110,17 +116,27 @@ class CapsuleMonitor(Callback):
                 f"{', '.join(missing)}. Take it out of the callbacks, or train one of these."
             )
         if stage == "fit":
-            self.history, self.figure_paths = [], []
+            self._begin()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Close an epoch that was saved at its last batch: after resuming, Lightning calls none of its hooks again."""
+        if self._epoch != trainer.current_epoch:
+            self._look(trainer, pl_module, self._epoch)
+        self._epoch = int(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Look at the capsules."""
-        if (trainer.current_epoch + 1) % self.every_n_epochs or self._is_quiet(trainer):
-            return
+        """Look at the capsules, and log what was seen."""
+        for name, value in self._look(trainer, pl_module, int(trainer.current_epoch)).items():
+            pl_module.log(f"{self.log_prefix}/{name}", value, on_step=False, on_epoch=True, batch_size=1)
+
+    def _look(self, trainer: Any, pl_module: Any, epoch: int) -> dict[str, float]:
+        if epoch <= self._looked or (epoch + 1) % self.every_n_epochs or self._is_quiet(trainer):
+            return {}
+        self._looked = epoch
         values = self._health(trainer, pl_module)
         if values:
-            self.history.append((int(trainer.current_epoch), values))
-        for name, value in values.items():
-            pl_module.log(f"{self.log_prefix}/{name}", value, on_step=False, on_epoch=True, batch_size=1)
+            self.history.append((epoch, values))
+        return values
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the curves and the images."""
