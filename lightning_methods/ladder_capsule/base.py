@@ -180,7 +180,7 @@ class CapsuleModule(OneFamily, LightningModule):
                 on_epoch=True,
                 batch_size=len(scores),
                 prog_bar=name in ("loss", "accuracy") and not names,
-                sync_dist=stage != "train",
+                sync_dist=True,
                 add_dataloader_idx=False,
             )
 

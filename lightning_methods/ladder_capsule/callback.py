@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_methods.core._lightning import Callback
 from lightning_methods.core.batches import inputs_of
-from lightning_methods.core.gather import all_sum, gather_rows
+from lightning_methods.core.gather import all_sum, world_size
 from lightning_methods.core.passes import batches, preserved
 from lightning_methods.errors import InvalidArgument, UnsupportedTraining
 from lightning_methods.ladder_capsule.base import best
@@ -32,11 +32,11 @@ class CapsuleMonitor(Callback):
 
     .. math:: -\sum_i p_i \log p_i / \log N, \qquad p_i \propto \text{how often capsule } i \text{ is kept},
 
-    which is 1 where all are kept equally often, and `ladder_capsule/unique_codes`, different code vectors an image.
+    which is 1 where all are kept equally often, and `ladder_capsule/unique_codes`, different code vectors an image (under DDP of each rank's images, averaged).
 
     Shows at the end of the fit the figures `health` (these by epoch) and `capsules` (how many capsules of each position
     are kept, or how active they are, over the image), and where the network has a decoder `reconstructions` and
-    `perturbations` (the image as each number of its pose changes, section 5.1 of Sabour et al.); and a table `health`.
+    `perturbations` (the image as each number of its pose changes, section 5.1 of Sabour et al.); and a `health_table`.
 
     Args:
         data: `"val"`, `"train"`, `"test"` or a dataloader.
@@ -160,7 +160,7 @@ class CapsuleMonitor(Callback):
 
     def _health(self, trainer: Any, pl_module: Any) -> dict[str, float]:
         """Return what is logged of some batches of all ranks, nothing where there is no batch."""
-        alive = kept = total = None
+        alive = total = None
         codes: list[Tensor] = []
         images = 0
         for batch in batches(trainer, pl_module, self.data, description="CapsuleMonitor", limit=self.limit):
@@ -181,11 +181,12 @@ class CapsuleMonitor(Callback):
             "activity": float(all_sum(total).mean() / images),
         }
         if codes:
-            rows = gather_rows(torch.cat(codes).to(torch.uint8))
-            kept = rows.sum(0, dtype=torch.float64)
+            rows = torch.cat(codes)
+            kept = all_sum(rows.sum(0, dtype=torch.float64))
             found["starved"] = float((kept == 0).double().mean())
             found["code_entropy"] = entropy(kept)
-            found["unique_codes"] = len(rows.unique(dim=0)) / images
+            share = torch.tensor(len(rows.unique(dim=0)) / len(rows), dtype=torch.float64, device=rows.device)
+            found["unique_codes"] = float(all_sum(share)) / world_size()
         return found
 
     def _show_history(self, trainer: Any) -> None:
@@ -195,7 +196,7 @@ class CapsuleMonitor(Callback):
         figure = curves(lines, title="Health of the capsules", x_label="epoch", y_label="share")
         self._figure(trainer, "health", figure)
         rows = [[epoch + 1, *values.values()] for epoch, values in self.history]
-        log_table(trainer, f"{self.log_prefix}/health", ["epoch", *names], rows)
+        log_table(trainer, f"{self.log_prefix}/health_table", ["epoch", *names], rows)
 
     # -- images --------------------------------------------------------------------------------------------------------
 

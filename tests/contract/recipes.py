@@ -488,7 +488,7 @@ RECIPES = [
         figures=tuple(
             f"ladder_capsule/{name}" for name in ("health", "capsules", "reconstructions", "perturbations")
         ),
-        tables=("ladder_capsule/health",),
+        tables=("ladder_capsule/health_table",),
         plain=LadderModule,
         samples=IMAGES,
         inner=("backbone", "head"),
