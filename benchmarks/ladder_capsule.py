@@ -4,8 +4,8 @@
     python benchmarks/ladder_capsule.py --device cuda --markdown benchmarks/results/ladder_capsule_gpu.md
 
 The direct form of the head is a loop over the classes: each of its three networks reads the dense code vector, each map
-is laid out, and capsules are multiplied one by one. That of the routing loops over the classes. Both take the weights of
-ours, and must give the same numbers.
+is laid out, and capsules are multiplied one by one. That of the routing loops over the classes. Both take the weights
+of ours, and must give the same numbers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from timing import (
     MEGABYTE,
     TIMING_COLUMNS,
@@ -31,6 +29,8 @@ from timing import (
     timing_rows,
     write_markdown,
 )
+from torch import Tensor, nn
+
 from lightning_methods import CapsuleNetwork, Classifier, LadderCapsuleNetwork, LadderHead
 from lightning_methods.ladder_capsule import DynamicRouting, Pruned, PruningLayer, ladder_loss, squash
 from lightning_methods.ladder_capsule.functional import safe_norm
@@ -58,6 +58,7 @@ class DirectHead(nn.Module):
         self.coupling = nn.ModuleList(_network(weight[:, c], bias[c], hyper.coupling, j) for j, c in enumerate(columns))
 
     def forward(self, pruned: Pruned) -> Tensor:
+        """Return the errors."""
         code, active = pruned.code, pruned.active
         errors = []
         for j in range(CLASSES):
@@ -158,7 +159,10 @@ def shared(device: str, batch: int) -> dict[str, Callable[[], Any]]:
         head.zero_grad()
         ladder_loss(head(pruned).errors, y).backward()
 
-    return {"head, shared trunk, forward": torch.no_grad()(lambda: head(pruned).errors), "head, shared trunk, step": step}
+    return {
+        "head, shared trunk, forward": torch.no_grad()(lambda: head(pruned).errors),
+        "head, shared trunk, step": step,
+    }
 
 
 def routings(device: str, batch: int) -> dict[str, Callable[[], Any]]:
@@ -227,8 +231,9 @@ def main() -> None:
     torch.set_num_threads(1)
     makers = (heads, shared, routings)
     if options.memory_of:
-        kind = next(make for make in makers if options.memory_of in make(device, 1))
-        print(json.dumps(extra_memory(kind(device, batch)[options.memory_of], device)))
+        # made once: what an earlier one gave back would hide what this one takes
+        make = shared if "shared" in options.memory_of else routings if "routing" in options.memory_of else heads
+        print(json.dumps(extra_memory(make(device, batch)[options.memory_of], device)))
         return
     work = {name: run for make in makers for name, run in make(device, batch).items()}
     tables = [times_table(work, device, options)]

@@ -1,6 +1,6 @@
 """Train on a limited range of poses, test beyond it: CNN, CapsNet and the ladder capsule network, faithful and shared.
 
-    python evidence/ladder_capsule/run.py                                     # reduced size; some forty minutes of one core
+    python evidence/ladder_capsule/run.py                                     # reduced size; half an hour of one core
     python evidence/ladder_capsule/run.py --size official --device cuda       # the paper's size, for a GPU
     python evidence/ladder_capsule/report.py                                  # tables and figures of README.md
 
@@ -37,6 +37,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 FIELDS = ["seed", "protocol", "model", "parameters", "ms_step", "train_loss", "level", "accuracy", "loss"]
 FIELDS += ["r2", "identity", "shuffled", "overlap"]
+UNIT = "L-CapsNet, unit maps"
 CODE = "L-CapsNet, unit maps, loss of the code"
 ANGLES = (-90, -60, -45, -30, -15, 0, 15, 30, 45, 60, 90)
 
@@ -68,13 +69,13 @@ SIZES = {
 }
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
-    "clean": {"train_rotation": (0, 0), "test_rotations": ANGLES},
     "rotation": {"train_rotation": (-30, 30), "test_rotations": ANGLES},
     "translation": {
         "train_rotation": (0, 0),
         "train_translation": 1,
         "test_translations": (0, 1, 2, 3, 4),
     },
+    "clean": {"train_rotation": (0, 0), "test_rotations": ANGLES},
 }
 
 
@@ -91,15 +92,14 @@ class CNN(nn.Module):
     def __init__(self, size: Size, like: nn.Module) -> None:
         super().__init__()
         first = backbone(size)
-        second = nn.Sequential(
-            nn.Conv2d(size.width, size.types * 8, size.kernel, size.stride), nn.ReLU(), nn.Flatten()
-        )
+        second = nn.Sequential(nn.Conv2d(size.width, size.types * 8, size.kernel, size.stride), nn.ReLU(), nn.Flatten())
         flat = second(first(torch.zeros(1, 1, 28, 28))).shape[1]
         hidden = round((parameters(like) - parameters(first) - parameters(second) - 10) / (flat + 11))
         self.features = nn.Sequential(first, second, nn.Linear(flat, hidden), nn.ReLU())
         self.head = nn.Linear(hidden, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
         return self.head(self.features(x))
 
 
@@ -120,7 +120,7 @@ def networks(size: Size) -> dict[str, Callable[[], pl.LightningModule]]:
         "CapsNet": lambda: CapsuleNetwork(backbone(size), reconstruction=False, **usual),
         "L-CapsNet, shared trunk": made(hyper="shared"),
         "L-CapsNet": made(),
-        "L-CapsNet, unit maps": made(map_init="unit"),
+        UNIT: made(map_init="unit"),
         CODE: made(map_init="unit", loss="code"),
     }
 
@@ -145,7 +145,7 @@ def main() -> None:
     for protocol, poses in PROTOCOLS.items():
         for seed in range(options.seeds or size.seeds):
             for name, build in networks(size).items():
-                wanted = name != CODE or protocol == "clean"  # for its constants alone
+                wanted = name not in (UNIT, CODE) or protocol == "clean"  # what the first maps and the constants do
                 if wanted and (str(seed), protocol, name) not in finished(path):
                     data = PoseDataModule(
                         "mnist",
@@ -217,7 +217,10 @@ def levels(model: Any, data: PoseDataModule, device: str) -> Iterator[dict[str, 
     upright = next(seen[level.name] for level in data.levels if level.value == 0)
     for level in data.levels:
         scores, poses, codes, y = seen[level.name]
-        row: dict[str, Any] = {"level": level.name, "accuracy": round(float((scores.argmax(1) == y).double().mean()), 4)}
+        row: dict[str, Any] = {
+            "level": level.name,
+            "accuracy": round(float((scores.argmax(1) == y).double().mean()), 4),
+        }
         if level.axis == "rotation" and level.value:
             metric = EquivarianceR2()
             # the representation of the true class; each class has coordinates of its own

@@ -76,7 +76,7 @@ def uniform(seed: int, numbers: NDArray[np.int64], stream: int) -> NDArray[np.fl
     """
     with np.errstate(over="ignore"):
         x = numbers.astype(np.uint64) * np.uint64(_STREAMS) + np.uint64(stream)
-        x = _mixed(x + np.uint64(0x9E3779B97F4A7C15) * _mixed(np.uint64([seed + 1])))
+        x = _mixed(x + np.uint64(0x9E3779B97F4A7C15) * _mixed(np.array([seed + 1], dtype=np.uint64)))
     return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 

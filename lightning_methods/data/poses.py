@@ -91,8 +91,8 @@ class PoseDataModule(LightningDataModule):
     """Images turned, shifted, scaled and sheared: trained in a range of poses, tested at levels in and beyond it.
 
     Training images take a new order and new poses in every epoch, the same in every run of one seed, for any number of
-    workers and after a resume. Validation images have poses of the training range, always the same. For the test there is one
-    loader a level, with the images in one order in all of them, so that they can be compared one by one.
+    workers and after a resume. Validation images have poses of the training range, always the same. For the test there
+    is one loader a level, with the images in one order in all of them, so that they can be compared one by one.
 
     Values are from 0 to 1, and black where nothing was.
 
@@ -166,13 +166,13 @@ class PoseDataModule(LightningDataModule):
         check_at_least("num_workers", num_workers, 0)
         if test_size is not None:
             check_at_least("test_size", test_size, 1)
-        trained = {
+        trained: dict[str, Any] = {
             "train_rotation": train_rotation,
             "train_translation": train_translation,
             "train_scale": train_scale,
             "train_shear": train_shear,
         }
-        tested = {
+        tested: dict[str, Any] = {
             "test_rotations": test_rotations,
             "test_translations": test_translations,
             "test_scales": test_scales,

@@ -28,9 +28,12 @@ class Output(Protocol):
     """What a network says of a batch: activities of the classes `(B, C)`, poses `(B, C, D)`."""
 
     @property
-    def scores(self) -> Tensor: ...
+    def scores(self) -> Tensor:
+        """Activities."""
+
     @property
-    def poses(self) -> Tensor: ...
+    def poses(self) -> Tensor:
+        """Poses."""
 
 
 class CapsuleModule(OneFamily, LightningModule):
@@ -118,7 +121,7 @@ class CapsuleModule(OneFamily, LightningModule):
         return self.primary(self.backbone(x))
 
     def reconstruct(self, poses: Tensor, shares: Tensor) -> Tensor:
-        """Return the images `(B, channels, H, W)` that the decoder makes of poses `(B, C, D)` of the classes in `shares`.
+        """Return the images `(B, channels, H, W)` of poses `(B, C, D)` of the classes in `shares` `(B, C)`.
 
         Raises:
             InvalidArgument: if the network has no decoder.
@@ -229,7 +232,11 @@ class CapsuleModule(OneFamily, LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, Adam unless another was given, and the scheduler."""
-        made = torch.optim.Adam(self.parameters(), lr=self.lr) if self.optimizer is None else self.optimizer(self.parameters())
+        made = (
+            torch.optim.Adam(self.parameters(), lr=self.lr)
+            if self.optimizer is None
+            else self.optimizer(self.parameters())
+        )
         if self.scheduler is not None:
             return [made], [self.scheduler(made)]
         usual = self.usual_scheduler(made)

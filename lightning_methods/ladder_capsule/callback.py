@@ -25,14 +25,15 @@ _STEPS = (-0.25, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
 class CapsuleMonitor(Callback):
     r"""Show the health of the capsules of `LadderCapsuleNetwork` or `CapsuleNetwork`, and what their poses mean.
 
-    Logs at the end of every epoch, of some batches that leave no trace in the training: `ladder_capsule/dead`, the share
-    of primary capsules whose activity stays below `dead_below` in all images, `ladder_capsule/activity`, their mean
-    activity, and of the ladder network also `ladder_capsule/starved`, the share that is never kept,
+    Logs at the end of every epoch, of some batches that leave no trace in the training: `ladder_capsule/dead`, the
+    share of primary capsules whose activity stays below `dead_below` in all images, `ladder_capsule/activity`, their
+    mean activity, and of the ladder network also `ladder_capsule/starved`, the share that is never kept,
     `ladder_capsule/code_entropy`,
 
     .. math:: -\sum_i p_i \log p_i / \log N, \qquad p_i \propto \text{how often capsule } i \text{ is kept},
 
-    which is 1 where all are kept equally often, and `ladder_capsule/unique_codes`, different code vectors an image (under DDP of each rank's images, averaged).
+    which is 1 where all are kept equally often, and `ladder_capsule/unique_codes`, different code vectors an image
+    (under DDP of each rank's images, averaged).
 
     Shows at the end of the fit the figures `health` (these by epoch) and `capsules` (how many capsules of each position
     are kept, or how active they are, over the image), and where the network has a decoder `reconstructions` and

@@ -66,10 +66,9 @@ def overlay(
     figure = new_figure(side * len(images) + 1.8, 2 * side * height / width + 1.3)
     axes = _mosaic(figure, [images, images], title)
     left, right, bottom, top = (edge + 0.5 for edge in extent)
-    drawn = None
     for i, values in enumerate(maps):
         x, y = i * (width + GAP), height + GAP
-        drawn = axes.imshow(
+        axes.imshow(
             values.cpu().double().numpy(),
             extent=(x + left, x + right, y + bottom, y + top),
             cmap="viridis",
@@ -80,8 +79,8 @@ def overlay(
         )
     axes.set(xlim=(0, len(images) * (width + GAP) - GAP), ylim=(2 * height + GAP, 0), yticks=[])
     _name_columns(axes, names, width)
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.7, pad=0.02, aspect=16)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar = figure.colorbar(axes.images[-1], ax=axes, shrink=0.7, pad=0.02, aspect=16)
+    bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8.5, length=0)
     bar.set_label(value_label, fontsize=9.5, color=INK)
     return figure

@@ -197,10 +197,15 @@ def ladder_inference(active: Tensor, forward_maps: Tensor, inverse_maps: Tensor,
         [(1, 4), (1, 4, 5), (1, 4, 2, 3)]
     """
     classes, batch, k, dim, pose_dim = forward_maps.shape
-    if active.shape != (batch, k, dim) or inverse_maps.shape != forward_maps.shape or coupling.shape != (
-        classes,
-        batch,
-        k,
+    if (
+        active.shape != (batch, k, dim)
+        or inverse_maps.shape != forward_maps.shape
+        or coupling.shape
+        != (
+            classes,
+            batch,
+            k,
+        )
     ):
         raise ShapeMismatch(
             f"active {tuple(active.shape)}, forward_maps {tuple(forward_maps.shape)}, inverse_maps "
@@ -429,7 +434,8 @@ def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
     """
     if len(reconstruction) != len(images) or reconstruction[:1].numel() != images[:1].numel():
         raise ShapeMismatch(
-            f"A reconstruction {tuple(reconstruction.shape)} of images {tuple(images.shape)}: as many values are needed."
+            f"A reconstruction {tuple(reconstruction.shape)} of images {tuple(images.shape)}: as many values are "
+            "needed."
         )
     with torch.autocast(images.device.type, enabled=False):
         difference = wide(reconstruction).flatten(1) - wide(images).flatten(1)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 MapInit = Literal["xavier", "unit"]
 
 
@@ -98,10 +97,11 @@ class PerClassHyperNetworks(nn.Module):
         self.shape = (k, in_dim, out_dim)
         self.num_classes = num_classes
         self.code = CodeLinear(num_caps, [(2 * num_classes, hidden[0]), (num_classes, coupling_hidden[0])])
-        self.maps = _chain(2 * num_classes, [*hidden, math.prod(self.shape)])
+        last = GroupedLinear(2 * num_classes, hidden[-1], math.prod(self.shape))
+        self.maps = _chain(2 * num_classes, hidden).append(nn.ReLU()).append(last)
         self.coupling = _chain(num_classes, [*coupling_hidden, k])
         if map_init == "unit":
-            unit_maps_(self.maps[-1], in_dim)
+            unit_maps_(last, in_dim)
 
     def forward(self, indices: Tensor) -> Maps:
         """Return the maps and the coupling for the codes at `indices` `(B, k)`."""

@@ -301,7 +301,9 @@ class DynamicRouting(nn.Module):
                 f"capsules have the shape {tuple(capsules.shape)}; (B, {num_caps}, {in_dim}) is needed. Was the "
                 "network made for images of another size?"
             )
-        votes = torch.bmm(capsules.transpose(0, 1).to(self.weight.dtype), self.weight.flatten(2)).unflatten(-1, (classes, out_dim))
+        votes = torch.bmm(capsules.transpose(0, 1).to(self.weight.dtype), self.weight.flatten(2)).unflatten(
+            -1, (classes, out_dim)
+        )
         return dynamic_routing(votes.permute(1, 2, 0, 3), self.iters, detach=self.detach)
 
 
@@ -345,7 +347,7 @@ class Decoder(nn.Module):
     def forward(self, poses: Tensor, shares: Tensor) -> Tensor:
         """Return the images of the poses of the classes in `shares`."""
         # poses are float32 at least, also in a network of half precision
-        return self.layers((poses * shares[..., None]).flatten(1).to(self.layers[0].weight.dtype))
+        return self.layers((poses * shares[..., None]).flatten(1).to(next(self.parameters()).dtype))
 
 
 def check_positive(**numbers: int) -> None:

@@ -161,7 +161,7 @@ class LadderCapsuleNetwork(CapsuleModule):
             targets=targets,
         )
         self.save_hyperparameters(settings)
-        given = {"m_plus": m_plus, "m_minus": m_minus, "lam": lam, "reg": reg}
+        given: dict[str, Any] = {"m_plus": m_plus, "m_minus": m_minus, "lam": lam, "reg": reg}
         self.constants = PRESETS[loss]._replace(**{name: x for name, x in given.items() if x is not None})
         self.reg_weight, self.lr_gamma, self.lr_step = reg_weight, lr_gamma, lr_step
         self.pruning = PruningLayer(k)

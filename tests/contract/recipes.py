@@ -485,9 +485,7 @@ RECIPES = [
         probe=True,
         refused={"foreign": UnsupportedTraining},
         scalars=("ladder_capsule/dead", "ladder_capsule/code_entropy"),
-        figures=tuple(
-            f"ladder_capsule/{name}" for name in ("health", "capsules", "reconstructions", "perturbations")
-        ),
+        figures=tuple(f"ladder_capsule/{name}" for name in ("health", "capsules", "reconstructions", "perturbations")),
         tables=("ladder_capsule/health_table",),
         plain=LadderModule,
         samples=IMAGES,

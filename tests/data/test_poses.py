@@ -109,7 +109,7 @@ def test_inside_uses_all_the_room_and_no_more() -> None:
     out = moved(PoseRange(inside=True), x)
     assert out.flatten(1).sum(1).min() > 9.9  # the whole figure, at places between pixels
     at = out[:, 0].sum(0)
-    assert (at[0] > 0).any() and (at[-1] > 0).any() and (at[:, 0] > 0).any() and (at[:, -1] > 0).any()
+    assert all((side > 0).any() for side in (at[0], at[-1], at[:, 0], at[:, -1]))
     affine = draw(AFFNIST, 0, NUMBERS, x)
     corners = np.array([[-0.5, 0.5, -0.5, 0.5], [-1.5, -1.5, 2.5, 2.5]])  # centres of the corner pixels
     reached = affine.matrix @ corners + affine.shift[:, :, None]

@@ -36,7 +36,9 @@ def test_health_by_hand(tmp_path: Path, batch, monkeypatch) -> None:
     kept = out.code.sum(0)
     assert last["starved"] == pytest.approx((kept == 0).float().mean().item())
     p = kept[kept > 0] / kept.sum()
-    assert last["code_entropy"] == pytest.approx(-(p * p.log()).sum().item() / torch.tensor(16.0).log().item(), rel=1e-5)
+    assert last["code_entropy"] == pytest.approx(
+        -(p * p.log()).sum().item() / torch.tensor(16.0).log().item(), rel=1e-5
+    )
     assert last["unique_codes"] == len({tuple(row) for row in out.code.tolist()}) / 24
     table = (tmp_path / "ladder_capsule" / "health_table_6.csv").read_text().splitlines()
     assert table[0] == "epoch,dead,activity,starved,code_entropy,unique_codes"
