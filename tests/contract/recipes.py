@@ -472,7 +472,7 @@ RECIPES = [
         scalars=("train/loss", "train/reconstruction", "val/accuracy", "val/margin_gap"),
         plain=LikelihoodCapsNet,
         samples=IMAGES,
-        inner=("backbone", "head"),
+        inner=("head",),
         beside=("capsule-monitor",),
     ),
     Recipe(
@@ -489,7 +489,7 @@ RECIPES = [
         tables=("ladder_capsule/health_table",),
         plain=LadderModule,
         samples=IMAGES,
-        inner=("backbone", "head"),
+        inner=("backbone",),
         beside=("augmented-dropout-default",),
     ),
 ]

@@ -154,18 +154,17 @@ def test_the_whole_network_compiles_without_a_break(make, batch) -> None:
 # --- training
 
 
-@BOTH
-def test_fits_a_hundred_images(make, tmp_path: Path) -> None:
+def test_fits_a_hundred_images(tmp_path: Path) -> None:
     data = PoseDataModule("digits", train_rotation=(0, 0), train_size=100)
     data.setup("fit")
     x, y = data.train_dataset.__getitems__(range(100)).inputs, data.train_dataset.targets
-    settings = {"width": 32, "types": 8, "num_classes": 10, "lr": 5e-3}
-    model = make(**settings | ({"k": 16, "map_init": "unit"} if make is ladder else {"reconstruction": False}))
+    model = ladder(width=32, types=8, num_classes=10, lr=5e-3, k=16, map_init="unit")
     loader = DataLoader(TensorDataset(x, y), 25, shuffle=True)
     quiet_trainer(tmp_path, max_epochs=60, enable_progress_bar=False).fit(model, loader)
     assert torch.equal(model.predict_step(x, 0)["class"], y)
 
 
+@pytest.mark.slow
 def test_digits_to_95_percent_in_a_minute(tmp_path: Path) -> None:
     torch.manual_seed(0)
     data = PoseDataModule("digits", train_rotation=(0, 0), test_rotations=(0,))
