@@ -25,7 +25,9 @@ def read(path: Path) -> Cells:
     with path.open() as file:
         for row in csv.DictReader(file):
             key = (row["protocol"], row["model"], row["level"])
-            values = {name: float(row[name]) for name in row if name not in ("protocol", "model", "level") and row[name]}
+            values = {
+                name: float(row[name]) for name in row if name not in ("protocol", "model", "level") and row[name]
+            }
             cells.setdefault(key, {})[int(row["seed"])] = values
     return cells
 
@@ -110,6 +112,21 @@ def costs(cells: Cells) -> str:
     return markdown(["", "parameters", "ms of processor a step", "runs"], rows)
 
 
+def contents(path: Path) -> str:
+    """Return the table of `code_alone.py`."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    kinds = dict.fromkeys((row["hyper"], row["loss"]) for row in rows)
+    table = []
+    for kind in kinds:
+        own = [row for row in rows if (row["hyper"], row["loss"]) == kind]
+        percent = [interval([100 * float(row[name]) for row in own]) for name in ("accuracy", "swapped")]
+        sizes = [interval([float(row[name]) for row in own], 3) for name in ("kept_length", "err_true")]
+        table.append([f"{kind[0]}, loss of the {kind[1]}", str(len(own)), *percent, *sizes])
+    columns = ["", "seeds", "accuracy, %", "with content of another image, %", "length of a kept capsule", "true error"]
+    return markdown(columns, table)
+
+
 def draw(cells: Cells, protocol: str) -> None:
     names = levels(cells, protocol)
     at = [float(level.rpartition("_")[2]) for level in names]
@@ -127,7 +144,8 @@ def main() -> None:
     parser.add_argument("--size", default="reduced")
     options = parser.parse_args()
     cells = read(HERE / "results" / f"{options.size}.csv")
-    parts = {"costs": costs(cells), "equivariance": equivariance(cells)}
+    parts = {"code_alone": contents(HERE / "results" / "code_alone.csv")}
+    parts |= {"costs": costs(cells), "equivariance": equivariance(cells)}
     for protocol in dict.fromkeys(key[0] for key in cells):
         parts[protocol] = accuracies(cells, protocol)
         draw(cells, protocol)

@@ -254,12 +254,12 @@ def dynamic_routing(votes: Tensor, iters: int = 3, *, detach: bool = True) -> Te
     if votes.ndim != 4:
         raise ShapeMismatch(f"votes have the shape {tuple(votes.shape)}; (B, C, N, D) is needed.")
     with torch.autocast(votes.device.type, enabled=False):
-        votes = wide(votes)
+        votes = wide(votes).contiguous()  # once, not in every product
         routed = votes.detach() if detach else votes
         logits = torch.zeros(votes.shape[:3], dtype=votes.dtype, device=votes.device)
         for _ in range(iters - 1):
             poses = squash(_agreed(routed, logits))
-            logits = logits + (routed @ poses[..., None]).squeeze(-1)
+            logits = logits + (poses[:, :, None] @ routed.transpose(2, 3)).squeeze(2)
         return squash(_agreed(votes, logits))
 
 

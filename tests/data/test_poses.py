@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Trainer
 from PIL import Image
 from torch.nn import functional as F
@@ -180,6 +181,15 @@ def test_poses_do_not_depend_on_workers_and_change_by_epoch() -> None:
     assert not torch.equal(alone[0], alone[1])
     many = seen(digits(num_workers=2))
     assert all(torch.equal(a, b) for a, b in zip(alone, many, strict=True))
+
+
+def test_ranks_share_the_images_of_an_epoch() -> None:
+    data = digits()
+    sampler = data.train_dataloader().sampler
+    ranks = [DistributedSamplerWrapper(sampler, num_replicas=2, rank=rank, shuffle=False) for rank in range(2)]
+    drawn = [list(rank) for rank in ranks]
+    assert sorted(drawn[0] + drawn[1]) == list(range(60))
+    assert drawn[0] != sorted(drawn[0])
 
 
 def test_seeds_and_parts_have_other_poses_and_one_seed_the_same() -> None:
