@@ -19,6 +19,10 @@ HERE = Path(__file__).parent
 Cells = dict[tuple[str, str, str], dict[int, dict[str, float]]]  # (protocol, model, level) -> seed -> values
 MODELS = ["CNN", "CNN, large", "CapsNet", "L-CapsNet, shared trunk", "L-CapsNet"]
 
+# the CNN with as many parameters
+MATCHED = {"CapsNet": "CNN", "L-CapsNet, shared trunk": "CNN", "L-CapsNet": "CNN, large"}
+MATCHED |= {"L-CapsNet, unit maps": "CNN, large", "L-CapsNet, unit maps, loss of the code": "CNN, large"}
+
 
 def read(path: Path) -> Cells:
     cells: Cells = {}
@@ -72,18 +76,18 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def accuracies(cells: Cells, protocol: str) -> str:
-    """Return the table of accuracies, with the area and its paired difference to the large CNN."""
+    """Return the table of accuracies, with the mean over the range and its paired difference to the matched CNN."""
     names = levels(cells, protocol)
     rows = []
-    reference = area(cells, protocol, "CNN, large") if "CNN, large" in models(cells, protocol) else {}
     for model in models(cells, protocol):
         areas = area(cells, protocol, model)
-        shared = [seed for seed in areas if seed in reference]
-        against = "" if model == "CNN, large" else interval([areas[s] - reference[s] for s in shared])
+        reference = area(cells, protocol, MATCHED[model]) if model in MATCHED else {}
+        both = [areas[seed] - reference[seed] for seed in areas if seed in reference]
+        against = interval(both) if both else ""
         shown = [interval([100 * x for x in line(cells, protocol, model, level, "accuracy")]) for level in names]
         rows.append([model, str(len(areas)), *shown, interval(list(areas.values())), against])
     titles = [level.rpartition("_")[2] for level in names]
-    return markdown(["", "seeds", *titles, "mean over range", "minus CNN, large"], rows)
+    return markdown(["", "seeds", *titles, "mean over range", "minus matched CNN"], rows)
 
 
 def equivariance(cells: Cells, protocol: str = "rotation") -> str:
