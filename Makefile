@@ -56,6 +56,7 @@ bench: $(READY)
 	$(RUN) benchmarks/lit.py
 	$(RUN) benchmarks/reproducibility.py
 	$(RUN) benchmarks/seed_streams.py
+	$(RUN) benchmarks/ladder_capsule.py
 
 # write the compatibility matrix of the README and the cards from the results of the contract tests
 matrix: $(READY)

@@ -39,6 +39,15 @@ _EXPORTS = {
     "ScatteringEncoder": "geometric_scattering",
     "ScatteringExplorer": "geometric_scattering",
     "ScatteringSVM": "geometric_scattering",
+    "CapsuleMonitor": "ladder_capsule",
+    "CapsuleNetwork": "ladder_capsule",
+    "CodeOverlap": "ladder_capsule",
+    "EquivarianceR2": "ladder_capsule",
+    "LadderCapsuleNetwork": "ladder_capsule",
+    "LadderHead": "ladder_capsule",
+    "PoseGeneralizationCurve": "ladder_capsule",
+    "PrimaryCapsules": "ladder_capsule",
+    "PruningLayer": "ladder_capsule",
     "LITDistillation": "lit",
     "LITDistiller": "lit",
     "RobustGenerativeClassifier": "rog",
@@ -50,6 +59,7 @@ _EXPORTS = {
     "CIFAR10DataModule": "data",
     "ImageFolderDataModule": "data",
     "NoisyLabels": "data",
+    "PoseDataModule": "data",
     "RandomGraphsDataModule": "data",
     "TUGraphDataModule": "data",
     "ImbalancedSubset": "data",
@@ -77,6 +87,7 @@ if TYPE_CHECKING:
     from lightning_methods.data import ImbalancedSubset as ImbalancedSubset
     from lightning_methods.data import MNISTDataModule as MNISTDataModule
     from lightning_methods.data import NoisyLabels as NoisyLabels
+    from lightning_methods.data import PoseDataModule as PoseDataModule
     from lightning_methods.data import RandomGraphsDataModule as RandomGraphsDataModule
     from lightning_methods.data import TUGraphDataModule as TUGraphDataModule
     from lightning_methods.geometric_scattering import ClusteringCoefficient as ClusteringCoefficient
@@ -93,6 +104,15 @@ if TYPE_CHECKING:
     from lightning_methods.importance_weighting import PolyTailLoss as PolyTailLoss
     from lightning_methods.importance_weighting import VSLoss as VSLoss
     from lightning_methods.importance_weighting import WeightEffectMonitor as WeightEffectMonitor
+    from lightning_methods.ladder_capsule import CapsuleMonitor as CapsuleMonitor
+    from lightning_methods.ladder_capsule import CapsuleNetwork as CapsuleNetwork
+    from lightning_methods.ladder_capsule import CodeOverlap as CodeOverlap
+    from lightning_methods.ladder_capsule import EquivarianceR2 as EquivarianceR2
+    from lightning_methods.ladder_capsule import LadderCapsuleNetwork as LadderCapsuleNetwork
+    from lightning_methods.ladder_capsule import LadderHead as LadderHead
+    from lightning_methods.ladder_capsule import PoseGeneralizationCurve as PoseGeneralizationCurve
+    from lightning_methods.ladder_capsule import PrimaryCapsules as PrimaryCapsules
+    from lightning_methods.ladder_capsule import PruningLayer as PruningLayer
     from lightning_methods.lit import LITDistillation as LITDistillation
     from lightning_methods.lit import LITDistiller as LITDistiller
     from lightning_methods.models import Classifier as Classifier

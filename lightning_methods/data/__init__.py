@@ -8,6 +8,7 @@ from lightning_methods.data.imbalanced import ImbalancedSubset
 from lightning_methods.data.labels import find_labels
 from lightning_methods.data.mnist import MNISTDataModule
 from lightning_methods.data.noisy import NoisyLabels
+from lightning_methods.data.poses import PoseDataModule
 
 __all__ = [
     "CIFAR10DataModule",
@@ -16,6 +17,7 @@ __all__ = [
     "ImbalancedSubset",
     "MNISTDataModule",
     "NoisyLabels",
+    "PoseDataModule",
     "RandomGraphsDataModule",
     "TUGraphDataModule",
     "find_labels",

@@ -25,6 +25,7 @@ from lightning_methods.cka import RepresentationSimilarity
 from lightning_methods.errors import UnsupportedTraining
 from lightning_methods.geometric_scattering import ScatteringExplorer
 from lightning_methods.importance_weighting import ImportanceWeighting, WeightEffectMonitor
+from lightning_methods.ladder_capsule import CapsuleMonitor
 from lightning_methods.lit import LITDistillation
 from lightning_methods.reproducibility import SeedStreams
 from lightning_methods.reproducibility.seeding import Stream
@@ -32,6 +33,15 @@ from lightning_methods.rog import RobustGenerativeClassifier
 from lightning_methods.snnl import DeepKNN, Entanglement, SoftNearestNeighborLoss
 from lightning_methods.snnl.functional import feature_rows, soft_nearest_neighbor_loss
 from lightning_methods.snnl.temperature import median_temperature, paper_temperature_step
+from tests.contract.capsules import (
+    IMAGES,
+    CapsNetByHand,
+    CapsNetModule,
+    LadderByHand,
+    LadderModule,
+    LikelihoodCapsNet,
+    LikelihoodLadder,
+)
 from tests.contract.distillation import (
     CHOICES,
     DistilledByHand,
@@ -486,5 +496,48 @@ RECIPES = [
         figures=("lit/section_errors",),
         tables=("lit/sections", "lit/networks"),
         plain=StudentModule,
+    ),
+    Recipe(
+        "ladder-capsule-network",
+        "ladder_capsule",
+        "`LadderCapsuleNetwork`",
+        module=LadderModule,
+        reference=LadderByHand,
+        refused={"foreign": UnsupportedTraining},
+        scalars=("train/loss", "train/code_reg", "val/accuracy", "val/margin_gap"),
+        plain=LikelihoodLadder,
+        samples=IMAGES,
+        inner=("backbone", "head"),
+        beside=("capsule-monitor",),
+    ),
+    Recipe(
+        "capsule-network",
+        "ladder_capsule",
+        "`CapsuleNetwork`",
+        module=CapsNetModule,
+        reference=CapsNetByHand,
+        refused={"foreign": UnsupportedTraining},
+        scalars=("train/loss", "train/reconstruction", "val/accuracy", "val/margin_gap"),
+        plain=LikelihoodCapsNet,
+        samples=IMAGES,
+        inner=("head",),
+        beside=("capsule-monitor",),
+    ),
+    Recipe(
+        "capsule-monitor",
+        "ladder_capsule",
+        "`CapsuleMonitor`",
+        callbacks=lambda: [CapsuleMonitor(images=2, steps=(-0.2, 0.2))],
+        module=LadderModule,
+        reference=LadderModule,
+        probe=True,
+        refused={"foreign": UnsupportedTraining},
+        scalars=("ladder_capsule/dead", "ladder_capsule/code_entropy"),
+        figures=tuple(f"ladder_capsule/{name}" for name in ("health", "capsules", "reconstructions", "perturbations")),
+        tables=("ladder_capsule/health_table",),
+        plain=LadderModule,
+        samples=IMAGES,
+        inner=("backbone",),
+        beside=("augmented-dropout-default",),
     ),
 ]
