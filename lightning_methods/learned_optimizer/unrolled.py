@@ -25,6 +25,8 @@ from lightning_methods.learned_optimizer.functional import (
 
 State = dict[str, Tensor]
 
+_CACHE = 1 << 17  # floats: half a megabyte
+
 
 def fold(
     architecture: Architecture, weights: dict[str, Tensor], mean_square: Tensor, time: Tensor, numel: Tensor
@@ -104,20 +106,14 @@ class UnrolledOptimizer:
         a, weights = self.architecture, self.architecture.split(theta)
         flat = torch.cat([p.flatten(1) for p in params], 1)
         inputs, state = self._inputs(weights, params, grads, flat, state)
-        member = self.member.to(flat)
-        counts = self.numel.to(flat)
+        member, counts = self.member.to(flat), self.numel.to(flat)
         mean_square = (inputs.square() @ member / counts).transpose(-1, -2)
         time = time_features(t, dtype=flat.dtype).to(flat.device)
         scale, bias = fold(a, weights, mean_square, time, counts)
-        spread = torch.cat([scale, bias], -1).transpose(-1, -2) @ member.T
-        normal, bias = inputs * spread[:, : a.elements], spread[:, a.elements :]
-        hidden = (weights["w0"][:, : a.elements].transpose(1, 2) @ normal + bias).relu()
-        if a.hidden_layers == 2:
-            hidden = torch.baddbmm(weights["b1"].unsqueeze(-1), weights["w1"].transpose(1, 2), hidden).relu()
-        out = torch.baddbmm(weights["b_out"].unsqueeze(-1), weights["w_out"].transpose(1, 2), hidden)
+        out = self._network(weights, inputs, scale, bias)
         update = out[:, 0] * torch.exp(a.exp_mult * out[:, 1])
         if a.normalize_step:
-            update = update + normal[:, a.momentum]
+            update = update + inputs[:, a.momentum] * (scale[..., a.momentum] @ member.T)
             means = (torch.stack([update.square(), out[:, 2]], 1) @ member) / counts
             energy = mean_square[..., a.momentum]
             size = step_size(means[:, 1], a.step_mult) * energy / (energy + a.eps) * torch.rsqrt(means[:, 0] + 1e-8)
@@ -125,7 +121,28 @@ class UnrolledOptimizer:
         else:
             update = update * a.step_mult
         moved = (flat - update).split(self.sizes, 1)
-        return [x.unflatten(1, shape or (1,)).reshape(len(x), *shape) for x, shape in zip(moved, self.shapes)], state
+        return [x.view(len(x), *shape) for x, shape in zip(moved, self.shapes, strict=True)], state
+
+    def _network(self, weights: dict[str, Tensor], inputs: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        """Return the outputs for all elements, tensor by tensor, with the factors of the inputs in the first layer."""
+        a = self.architecture
+        # (P, K, H, F): what normalises the inputs is multiplied into the weights, which are fewer
+        first = weights["w0"][:, None, : a.elements].transpose(-1, -2) * scale.unsqueeze(-2)
+        outputs = []
+        for k, x in enumerate(inputs.split(self.sizes, 2)):
+            blocks = [slice(None)] if torch.is_grad_enabled() else _blocks(len(x), a.hidden_size * x.shape[2])
+            parts = []
+            for rows in blocks:
+                hidden = torch.baddbmm(bias[rows, k].unsqueeze(-1), first[rows, k], x[rows])
+                hidden = hidden.relu() if hidden.requires_grad else hidden.relu_()
+                if a.hidden_layers == 2:
+                    hidden = torch.baddbmm(
+                        weights["b1"][rows].unsqueeze(-1), weights["w1"][rows].transpose(1, 2), hidden
+                    ).relu()
+                w_out = weights["w_out"][rows].transpose(1, 2)
+                parts.append(torch.baddbmm(weights["b_out"][rows].unsqueeze(-1), w_out, hidden))
+            outputs.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return torch.cat(outputs, 2)
 
     def _inputs(
         self,
@@ -150,6 +167,12 @@ class UnrolledOptimizer:
             rows.append(small_fc_inputs(g, p, own, max(len(shape), 1)).flatten(2))
             new |= {f"{i}/{name}": x for name, x in own.items()}
         return torch.cat(rows, 2), new
+
+
+def _blocks(particles: int, floats: int) -> list[slice]:
+    """Return ranges of particles whose hidden units fit into a cache."""
+    size = max(1, _CACHE // max(floats, 1))
+    return [slice(i, min(i + size, particles)) for i in range(0, particles, size)]
 
 
 def small_fc_shapes(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
