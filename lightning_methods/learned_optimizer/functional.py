@@ -114,25 +114,25 @@ def advance_small_fc(
     return new
 
 
-def small_fc_inputs(gradient: Tensor, parameter: Tensor, state: Mapping[str, Tensor], ndim: int) -> Tensor:
+def small_fc_inputs(
+    gradient: Tensor, parameter: Tensor, state: Mapping[str, Tensor], ndim: int, dims: tuple[int, int] | None
+) -> Tensor:
     """Return the 28 inputs of each element before they are normalised (Metz et al. 2022).
 
     In order: gradient, parameter, momenta (3), second moment, momenta over its root (3), one over its root, factored
     gradient (3), rows (3), columns (3), one over their roots (3 and 3), factored momenta (3).
 
     Shapes:
-        as `advance_small_fc` -> `(..., 28, *shape)`.
+        as `advance_small_fc` -> `(..., 28, *shape)`; `dims` are the `factored_dims` of the whole tensor.
     """
     g, p = gradient.unsqueeze(-ndim - 1), parameter.unsqueeze(-ndim - 1)
     m, v = state["momentum"], state["rms"]
     inverse = torch.rsqrt(v + 1e-6)
-    if "full" in state:
+    if dims is None:
         row = column = state["full"]
         by, momentum_by = torch.rsqrt((row + 1e-9).clamp(min=1e-9)), torch.rsqrt(row + 1e-6)
     else:
         row, column = state["row"], state["column"]
-        dims = factored_dims(gradient.shape[gradient.ndim - ndim :])
-        assert dims is not None
         relative = row / (row.mean(dims[1], keepdim=True) + 1e-9)
         by = torch.rsqrt(relative.clamp(min=1e-9)) * torch.rsqrt(column.clamp(min=1e-9))
         momentum_by = by

@@ -104,7 +104,7 @@ class UnrolledOptimizer:
             t: updates before this one.
         """
         a, weights = self.architecture, self.architecture.split(theta)
-        flat = torch.cat([p.flatten(1) for p in params], 1)
+        flat = torch.cat([p.reshape(len(p), -1) for p in params], 1)
         inputs, state = self._inputs(weights, params, grads, flat, state)
         member, counts = self.member.to(flat), self.numel.to(flat)
         mean_square = (inputs.square() @ member / counts).transpose(-1, -2)
@@ -153,7 +153,7 @@ class UnrolledOptimizer:
         state: State,
     ) -> tuple[Tensor, State]:
         if self.architecture.features != "small_fc":
-            gradient = torch.cat([g.flatten(1) for g in grads], 1)
+            gradient = torch.cat([g.reshape(len(g), -1) for g in grads], 1)
             kept = torch.tensor(DECAYS, dtype=flat.dtype, device=flat.device).view(1, -1, 1)
             momenta = torch.lerp(gradient.unsqueeze(1), state["momenta"], kept)
             return paper_inputs(gradient, flat, momenta), {"momenta": momenta}
@@ -163,8 +163,9 @@ class UnrolledOptimizer:
             if not shape:
                 p, g = p.unsqueeze(-1), g.unsqueeze(-1)
             own = {k.partition("/")[2]: v for k, v in state.items() if k.startswith(f"{i}/")}
-            own = advance_small_fc(g, own, decays, max(len(shape), 1))
-            rows.append(small_fc_inputs(g, p, own, max(len(shape), 1)).flatten(2))
+            ndim = max(len(shape), 1)
+            own = advance_small_fc(g, own, decays, ndim)
+            rows.append(small_fc_inputs(g, p, own, ndim, factored_dims(shape)).flatten(2))
             new |= {f"{i}/{name}": x for name, x in own.items()}
         return torch.cat(rows, 2), new
 

@@ -1,0 +1,312 @@
+"""The step of a learned optimizer in chunks that stay in the cache.
+
+Three rearrangements, all exact: momenta are kept feature by feature, so that both layers are products with long rows;
+what normalises the inputs is multiplied into the first layer, which is smaller; what is constant over a tensor enters by
+its bias. Tensors smaller than a chunk go through together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_methods.learned_optimizer.architecture import Architecture
+from lightning_methods.learned_optimizer.functional import (
+    DECAYS,
+    step_size,
+    time_features,
+)
+from lightning_methods.learned_optimizer.unrolled import fold
+
+CHUNK = 8192
+SMALL = 4096
+# a normalised step needs the whole tensor before any of it can be taken: so much of it is kept, the rest computed twice
+_KEPT = 0.05
+_ADAM = (0.9, 0.999)
+
+
+class Entry(NamedTuple):
+    """A parameter, its gradient, and its state."""
+
+    parameter: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all tensors of one call.
+
+    Attributes:
+        time: number of updates before this one, as the network is told.
+        size: factor of the learned step.
+        gradient: factor of the gradients, negative to maximise.
+        trust: share of the learned step; the rest is Adam's.
+        adam_lr: learning rate of that.
+        limit: largest learned step of an element.
+    """
+
+    time: int
+    size: float
+    gradient: float = 1.0
+    trust: float = 1.0
+    adam_lr: float = 1e-3
+    limit: float = math.inf
+
+
+class Engine:
+    """Weights on a device, in the precision of the step, and the buffers of a chunk.
+
+    Args:
+        architecture: of the optimizer.
+        theta: its weights.
+        dtype: of the computation.
+        device: of the parameters.
+        chunk: elements at a time.
+    """
+
+    def __init__(
+        self, architecture: Architecture, theta: Tensor, dtype: torch.dtype, device: torch.device, chunk: int = CHUNK
+    ) -> None:
+        self.architecture, self.chunk = architecture, chunk
+        self.weights = architecture.split(theta.to(device=device, dtype=dtype))
+        a, w = architecture, self.weights
+        self.kept = torch.tensor(DECAYS, dtype=dtype, device=device).unsqueeze(1)
+        self.inputs = torch.empty(a.elements + 1, chunk, dtype=dtype, device=device)
+        self.inputs[a.elements] = 1  # the bias is one more input
+        self.hidden = [torch.empty(a.hidden_size, chunk, dtype=dtype, device=device) for _ in range(a.hidden_layers)]
+        self.outputs = torch.empty(a.outputs, chunk, dtype=dtype, device=device)
+        factors = torch.ones(a.outputs, dtype=dtype, device=device)
+        factors[1] = a.exp_mult  # the exponent's factor, ahead of the product
+        self.w_out = (w["w_out"] * factors).T.contiguous()
+        self.b_out = (w["b_out"] * factors).unsqueeze(1)
+        self.like = self.inputs.new_empty(0)
+
+    # -- one large tensor --------------------------------------------------------------------------------------------
+
+    def large(self, entry: Entry, settings: Settings, numel: int) -> None:
+        """Update one tensor.
+
+        Args:
+            entry: what is updated.
+            settings: of the step.
+            numel: elements of all parameters, a share of which may be kept at a time.
+        """
+        flat = _Flat(entry)
+        n, size = flat.parameter.numel(), self.chunk
+        spans = [(a, min(a + size, n)) for a in range(0, n, size)]
+        squares = self.like.new_zeros(self.architecture.elements)
+        for a, b in spans:
+            squares += self._advance(flat, a, b, settings.gradient)
+        if not bool(squares.isfinite().all()):
+            squares = self._squares_of_large_numbers(flat, spans, settings.gradient)
+        first = self.folded(squares / n, n, settings.time)
+        if self.architecture.normalize_step:
+            self._normalized(flat, spans, first, squares / n, settings, numel)
+        else:
+            for a, b in spans:
+                self._fill(flat, a, b, settings.gradient)
+                self._apply(flat, a, b, self._direction(first, b - a), settings)
+        flat.write_back()
+
+    def _advance(self, flat: _Flat, a: int, b: int, factor: float) -> Tensor:
+        """Move the momenta of a chunk on, and return the sums of squares of its inputs."""
+        gradient, parameter = self.inputs[0, : b - a], self.inputs[1, : b - a]
+        _scaled(gradient, flat.gradient[a:b], factor)
+        parameter.copy_(flat.parameter[a:b])
+        momenta = flat.momenta[:, a:b]
+        torch.lerp(gradient, momenta, self.kept, out=momenta)
+        own = self.inputs[:2, : b - a]
+        return torch.cat([torch.linalg.vecdot(own, own), torch.linalg.vecdot(momenta, momenta)])
+
+    def _squares_of_large_numbers(self, flat: _Flat, spans: Sequence[tuple[int, int]], factor: float) -> Tensor:
+        """Return the sums of squares where they exceed float32, as float64."""
+        total = torch.zeros(self.architecture.elements, dtype=torch.float64, device=self.like.device)
+        for a, b in spans:
+            self._fill(flat, a, b, factor)
+            total += self.inputs[:-1, : b - a].double().square().sum(1)
+        return total
+
+    def folded(self, mean_square: Tensor, numel: int, time: int) -> Tensor:
+        """Return the first layer `(H, F + 1)` with the factors of the inputs, and the bias in its last column."""
+        a = self.architecture
+        given = time_features(time, dtype=mean_square.dtype).to(self.like.device)
+        count = torch.tensor([float(numel)], dtype=torch.float64, device=self.like.device)
+        weights = self.weights
+        if mean_square.dtype != self.like.dtype:
+            weights = {name: x.to(mean_square.dtype) for name, x in weights.items()}
+        scale, bias = fold(a, weights, mean_square.unsqueeze(0), given, count)
+        first = torch.cat([weights["w0"][: a.elements] * scale[0].unsqueeze(1), bias], 0)
+        return first.T.to(self.like.dtype).contiguous()
+
+    def _fill(self, flat: _Flat, a: int, b: int, factor: float) -> None:
+        x = self.inputs[:, : b - a]
+        _scaled(x[0], flat.gradient[a:b], factor)
+        x[1].copy_(flat.parameter[a:b])
+        x[2:-1].copy_(flat.momenta[:, a:b])
+
+    def _network(self, first: Tensor, count: int) -> Tensor:
+        hidden = torch.mm(first, self.inputs[:, :count], out=self.hidden[0][:, :count])
+        return self.rest(hidden.relu_(), count)
+
+    def rest(self, hidden: Tensor, count: int) -> Tensor:
+        """Return the outputs, the second one times its factor, from the first hidden layer."""
+        if self.architecture.hidden_layers == 2:
+            second = self.hidden[1][:, :count]
+            torch.addmm(self.weights["b1"].unsqueeze(1), self.weights["w1"].T, hidden, out=second)
+            hidden = second.relu_()
+        return torch.addmm(self.b_out, self.w_out, hidden, out=self.outputs[:, :count])
+
+    def _direction(self, first: Tensor, count: int) -> Tensor:
+        """Return the step of the chunk that was filled in, before the factor that all share."""
+        out = self._network(first, count)
+        return out[0].mul_(out[1].exp_())
+
+    def _apply(self, flat: _Flat, a: int, b: int, direction: Tensor, settings: Settings) -> None:
+        step = direction.mul_(self.architecture.step_mult * settings.size)
+        if settings.limit < math.inf:
+            step.clamp_(-settings.limit, settings.limit)
+        if settings.trust < 1:
+            momentum = flat.momenta[DECAYS.index(0.9), a:b]
+            gradient = _scaled(self.inputs[0, : b - a], flat.gradient[a:b], settings.gradient)
+            step = mixed(step, momentum, gradient, flat.second[a:b], settings)
+        flat.parameter[a:b].sub_(step)
+
+    def _normalized(
+        self,
+        flat: _Flat,
+        spans: Sequence[tuple[int, int]],
+        first: Tensor,
+        mean_square: Tensor,
+        settings: Settings,
+        numel: int,
+    ) -> None:
+        a, n = self.architecture, flat.parameter.numel()
+        room = max(len(DECAYS) * int(_KEPT * numel), self.chunk)
+        kept = self.like.new_empty(min(n, room))
+        scale = torch.rsqrt(mean_square[a.momentum] + a.eps)
+        sums = self.like.new_zeros(2)
+        for begin, end in spans:
+            self._fill(flat, begin, end, settings.gradient)
+            u = self._moved(first, end - begin, scale)
+            sums += torch.stack([torch.dot(u, u), self.outputs[2, : end - begin].sum()])
+            if end <= len(kept):
+                kept[begin:end] = u
+        size = self.size(sums[0] / n, sums[1] / n, mean_square[a.momentum]) / a.step_mult
+        for begin, end in spans:
+            if end <= len(kept):
+                u = kept[begin:end]
+            else:
+                self._fill(flat, begin, end, settings.gradient)
+                u = self._moved(first, end - begin, scale)
+            self._apply(flat, begin, end, u.mul_(size), settings)
+
+    def _moved(self, first: Tensor, count: int, scale: Tensor) -> Tensor:
+        return self._direction(first, count).add_(self.inputs[self.architecture.momentum, :count] * scale.to(first))
+
+    def size(self, mean_square: Tensor, scale: Tensor, energy: Tensor) -> Tensor:
+        """Return the factor that gives normalised steps their size; nothing moves without a gradient."""
+        a = self.architecture
+        gate = (energy / (energy + a.eps)).to(mean_square)
+        return step_size(scale, a.step_mult) * gate * torch.rsqrt(mean_square + 1e-8)
+
+    # -- many small tensors ------------------------------------------------------------------------------------------
+
+    def small(self, entries: Sequence[Entry], settings: Settings) -> None:
+        """Update tensors that together fit into a chunk."""
+        a = self.architecture
+        sizes = [e.parameter.numel() for e in entries]
+        count = sum(sizes)
+        x = self.inputs[:-1, :count]
+        _scaled(x[0], torch.cat([e.gradient.reshape(-1) for e in entries]), settings.gradient)
+        x[1].copy_(torch.cat([e.parameter.reshape(-1) for e in entries]))
+        momenta = [e.state["momenta"].view(len(DECAYS), -1) for e in entries]
+        x[2:].copy_(torch.cat(momenta, 1))
+        torch.lerp(x[0], x[2:], self.kept, out=x[2:])
+        torch._foreach_copy_(momenta, x[2:].split(sizes, 1))
+        lengths = torch.tensor(sizes, device=x.device)
+        member = torch.arange(len(sizes), device=x.device).repeat_interleave(lengths, output_size=count)
+        counts = lengths.to(x.dtype)
+        mean_square = _sums(x.square(), lengths) / counts.unsqueeze(1)
+        if not bool(mean_square.isfinite().all()):
+            mean_square = _sums(x.double().square(), lengths) / counts.unsqueeze(1)
+        time = time_features(settings.time, dtype=torch.float64).to(x.device)
+        weights = {n: w.to(mean_square.dtype) for n, w in self.weights.items()}
+        scale, bias = (v.to(x.dtype) for v in fold(a, weights, mean_square, time, counts))
+        x.mul_(scale.T[:, member])
+        hidden = torch.mm(self.weights["w0"][: a.elements].T, x, out=self.hidden[0][:, :count])
+        out = self.rest(hidden.add_(bias.T[:, member]).relu_(), count)
+        step = out[0].mul_(out[1].exp_())
+        if a.normalize_step:
+            step.add_(x[a.momentum])
+            means = _sums(torch.stack([step.square(), out[2]]), lengths) / counts.unsqueeze(1)
+            size = self.size(means[:, 0], means[:, 1], mean_square[:, a.momentum])
+            step.mul_((size / a.step_mult)[member])
+        step.mul_(a.step_mult * settings.size)
+        if settings.limit < math.inf:
+            step.clamp_(-settings.limit, settings.limit)
+        if settings.trust < 1:
+            seconds = [e.state["second_moment"].view(-1) for e in entries]
+            joined = torch.cat(seconds)
+            gradient = torch.cat([e.gradient.reshape(-1) for e in entries]).to(x.dtype).mul_(settings.gradient)
+            step = mixed(step, torch.cat(momenta, 1)[DECAYS.index(0.9)], gradient, joined, settings)
+            torch._foreach_copy_(seconds, joined.split(sizes))
+        parts = [s.view(e.parameter.shape) for s, e in zip(step.split(sizes), entries, strict=True)]
+        torch._foreach_sub_([e.parameter for e in entries], parts)
+
+
+class _Flat:
+    """The elements of a parameter, its gradient and its state in the order of the parameter's memory."""
+
+    def __init__(self, entry: Entry) -> None:
+        p = entry.parameter
+        order = sorted(range(p.ndim), key=lambda i: (-p.stride(i), i))
+        arranged = p.permute(order)
+        self.own = arranged if arranged.is_contiguous() else None
+        self.target = arranged
+        self.parameter = arranged.reshape(-1)
+        self.gradient = entry.gradient.permute(order).reshape(-1)
+        self.state = entry.state["momenta"].permute([0, *(i + 1 for i in order)])
+        self.momenta = self.state.reshape(len(DECAYS), -1)
+        self.second = self.parameter
+        self.kept: Tensor | None = None
+        if "second_moment" in entry.state:
+            self.kept = entry.state["second_moment"].permute(order)
+            self.second = self.kept.reshape(-1)
+
+    def write_back(self) -> None:
+        """Copy where reshaping made a copy: for memory with gaps or another order than the parameter's."""
+        pairs = [(self.target, self.parameter), (self.state, self.momenta)]
+        if self.kept is not None:
+            pairs.append((self.kept, self.second))
+        for place, values in pairs:
+            if place.data_ptr() != values.data_ptr():
+                place.copy_(values.view(place.shape))
+
+
+def mixed(step: Tensor, momentum: Tensor, gradient: Tensor, second: Tensor, settings: Settings) -> Tensor:
+    """Return the learned step and Adam's, as trust says; Adam's second moment is moved on.
+
+    It starts with the first square rather than at zero, and a ratio counts as at most one, since the momentum is older.
+    """
+    fresh = second == 0
+    second.lerp_(gradient.square(), 1 - _ADAM[1])
+    second.copy_(torch.where(fresh, gradient.square(), second))
+    corrected = momentum / (1 - _ADAM[0] ** (settings.time + 1))
+    ratio = (corrected / (second.sqrt() + 1e-8)).clamp(-1, 1)
+    return step * settings.trust + ratio * ((1 - settings.trust) * settings.adam_lr)
+
+
+def _scaled(out: Tensor, x: Tensor, factor: float) -> Tensor:
+    out.copy_(x)
+    return out if factor == 1 else out.mul_(factor)
+
+
+def _sums(x: Tensor, lengths: Tensor) -> Tensor:
+    """Return the sums over consecutive columns: `(F, n)`, `(K,)` -> `(K, F)`."""
+    return torch.segment_reduce(x.T.contiguous(), "sum", lengths=lengths, unsafe=True)
