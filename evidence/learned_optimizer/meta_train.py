@@ -2,6 +2,7 @@
 
     python evidence/learned_optimizer/meta_train.py lm-small first --seed 0     # and 1, and 2
     python evidence/learned_optimizer/meta_train.py lm-small choose
+    python evidence/learned_optimizer/meta_train.py lm-small more    # the chosen seed
     python evidence/learned_optimizer/meta_train.py lm-small then
     python evidence/learned_optimizer/meta_train.py metz19 first --seed 0
 
@@ -92,13 +93,14 @@ def schedule(value: Any) -> Any:
 
 def build(name: str, stage: str, seed: int) -> tuple[MetaTraining, int]:
     config = yaml.safe_load((HERE / "meta_train.yaml").read_text())
-    own = config[name][stage]
+    own = {**config[name]["first"], **config[name][stage]}
     settings = {k: schedule(v) for k, v in own["settings"].items()}
+    decay = own.get("decay_steps", own["steps"]) if stage != "then" else own["steps"]
     start: dict[str, Any] = config[name]["architecture"]
     if stage == "then":
-        start = {"start": str(RUNS / f"{name}_first_{chosen(name)}.json")}
+        start = {"start": str(RUNS / f"{name}_more_{chosen(name)}.json")}
     tasks = families(config["families"], own["max_parameters"])
-    model = MetaTraining(tasks, **settings, **start, decay_steps=own["steps"], steps_per_epoch=10, seed=seed)
+    model = MetaTraining(tasks, **settings, **start, decay_steps=decay, steps_per_epoch=10, seed=seed)
     return model, own["steps"]
 
 
@@ -119,10 +121,14 @@ class Log(Callback):
 
 
 def train(name: str, stage: str, seed: int) -> None:
+    if stage in ("more", "then"):
+        seed = chosen(name)
     path = RUNS / f"{name}_{stage}_{seed}"
     RUNS.mkdir(parents=True, exist_ok=True)
     model, steps = build(name, stage, seed)
     checkpoint = path.with_suffix(".ckpt")
+    if stage == "more" and not checkpoint.is_file():
+        checkpoint = RUNS / f"{name}_first_{seed}.ckpt"
     trainer = Trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -174,7 +180,7 @@ def chosen(name: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["lm-small", "metz19"])
-    parser.add_argument("stage", choices=["first", "choose", "then"])
+    parser.add_argument("stage", choices=["first", "choose", "more", "then"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)

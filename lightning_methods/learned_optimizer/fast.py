@@ -59,6 +59,19 @@ class Settings:
     limit: float = math.inf
 
 
+class _Views(NamedTuple):
+    """The buffers of a chunk, cut to its length."""
+
+    inputs: Tensor
+    gradient: Tensor
+    parameter: Tensor
+    momenta: Tensor
+    own: Tensor
+    hidden: list[Tensor]
+    outputs: Tensor
+    rows: tuple[Tensor, ...]
+
+
 class Engine:
     """Weights on a device, in the precision of the step, and the buffers of a chunk.
 
@@ -86,6 +99,17 @@ class Engine:
         self.w_out = (w["w_out"] * factors).T.contiguous()
         self.b_out = (w["b_out"] * factors).unsqueeze(1)
         self.like = self.inputs.new_empty(0)
+        self._views: dict[int, _Views] = {}
+
+    def views(self, count: int) -> _Views:
+        """Return the buffers cut to `count` elements, kept for the next time."""
+        if count not in self._views:
+            if len(self._views) >= 64:
+                self._views.clear()
+            x, out = self.inputs[:, :count], self.outputs[:, :count]
+            hidden = [h[:, :count] for h in self.hidden]
+            self._views[count] = _Views(x, x[0], x[1], x[2:-1], x[:2], hidden, out, out.unbind(0))
+        return self._views[count]
 
     # -- one large tensor --------------------------------------------------------------------------------------------
 
@@ -97,39 +121,36 @@ class Engine:
             settings: of the step.
             numel: elements of all parameters, a share of which may be kept at a time.
         """
-        flat = _Flat(entry)
-        n, size = flat.parameter.numel(), self.chunk
-        spans = [(a, min(a + size, n)) for a in range(0, n, size)]
+        flat = _Flat(entry, self.chunk)
+        n = flat.parameter.numel()
         squares = self.like.new_zeros(self.architecture.elements)
-        for a, b in spans:
-            squares += self._advance(flat, a, b, settings.gradient)
+        for part in flat.parts:
+            squares += self._advance(part, settings.gradient)
         if not bool(squares.isfinite().all()):
-            squares = self._squares_of_large_numbers(flat, spans, settings.gradient)
+            squares = self._squares_of_large_numbers(flat, settings.gradient)
         first = self.folded(squares / n, n, settings.time)
         if self.architecture.normalize_step:
-            self._normalized(flat, spans, first, squares / n, settings, numel)
+            self._normalized(flat, first, squares / n, settings, numel)
         else:
-            for a, b in spans:
-                self._fill(flat, a, b, settings.gradient)
-                self._apply(flat, a, b, self._direction(first, b - a), settings)
+            for part in flat.parts:
+                self._fill(part, settings.gradient)
+                self._apply(part, self._direction(first, part.count), settings)
         flat.write_back()
 
-    def _advance(self, flat: _Flat, a: int, b: int, factor: float) -> Tensor:
+    def _advance(self, part: _Part, factor: float) -> Tensor:
         """Move the momenta of a chunk on, and return the sums of squares of its inputs."""
-        gradient, parameter = self.inputs[0, : b - a], self.inputs[1, : b - a]
-        _scaled(gradient, flat.gradient[a:b], factor)
-        parameter.copy_(flat.parameter[a:b])
-        momenta = flat.momenta[:, a:b]
-        torch.lerp(gradient, momenta, self.kept, out=momenta)
-        own = self.inputs[:2, : b - a]
-        return torch.cat([torch.linalg.vecdot(own, own), torch.linalg.vecdot(momenta, momenta)])
+        v = self.views(part.count)
+        _scaled(v.gradient, part.gradient, factor)
+        v.parameter.copy_(part.parameter)
+        torch.lerp(v.gradient, part.momenta, self.kept, out=part.momenta)
+        return torch.cat([torch.linalg.vecdot(v.own, v.own), torch.linalg.vecdot(part.momenta, part.momenta)])
 
-    def _squares_of_large_numbers(self, flat: _Flat, spans: Sequence[tuple[int, int]], factor: float) -> Tensor:
+    def _squares_of_large_numbers(self, flat: _Flat, factor: float) -> Tensor:
         """Return the sums of squares where they exceed float32, as float64."""
         total = torch.zeros(self.architecture.elements, dtype=torch.float64, device=self.like.device)
-        for a, b in spans:
-            self._fill(flat, a, b, factor)
-            total += self.inputs[:-1, : b - a].double().square().sum(1)
+        for part in flat.parts:
+            self._fill(part, factor)
+            total += self.views(part.count).inputs[:-1].double().square().sum(1)
         return total
 
     def folded(self, mean_square: Tensor, numel: int, time: int) -> Tensor:
@@ -144,70 +165,65 @@ class Engine:
         first = torch.cat([weights["w0"][: a.elements] * scale[0].unsqueeze(1), bias], 0)
         return first.T.to(self.like.dtype).contiguous()
 
-    def _fill(self, flat: _Flat, a: int, b: int, factor: float) -> None:
-        x = self.inputs[:, : b - a]
-        _scaled(x[0], flat.gradient[a:b], factor)
-        x[1].copy_(flat.parameter[a:b])
-        x[2:-1].copy_(flat.momenta[:, a:b])
-
-    def _network(self, first: Tensor, count: int) -> Tensor:
-        hidden = torch.mm(first, self.inputs[:, :count], out=self.hidden[0][:, :count])
-        return self.rest(hidden.relu_(), count)
+    def _fill(self, part: _Part, factor: float) -> None:
+        v = self.views(part.count)
+        _scaled(v.gradient, part.gradient, factor)
+        v.parameter.copy_(part.parameter)
+        v.momenta.copy_(part.momenta)
 
     def rest(self, hidden: Tensor, count: int) -> Tensor:
         """Return the outputs, the second one times its factor, from the first hidden layer."""
+        v = self.views(count)
         if self.architecture.hidden_layers == 2:
-            second = self.hidden[1][:, :count]
-            torch.addmm(self.weights["b1"].unsqueeze(1), self.weights["w1"].T, hidden, out=second)
-            hidden = second.relu_()
-        return torch.addmm(self.b_out, self.w_out, hidden, out=self.outputs[:, :count])
+            hidden = torch.mm(self.weights["w1"].T, hidden, out=v.hidden[1])
+            hidden = hidden.add_(self.weights["b1"].unsqueeze(1)).relu_()
+        # the product and then the bias: addmm would first spread the bias, which is slower for few rows
+        return torch.mm(self.w_out, hidden, out=v.outputs).add_(self.b_out)
 
     def _direction(self, first: Tensor, count: int) -> Tensor:
         """Return the step of the chunk that was filled in, before the factor that all share."""
-        out = self._network(first, count)
-        return out[0].mul_(out[1].exp_())
+        v = self.views(count)
+        self.rest(torch.mm(first, v.inputs, out=v.hidden[0]).relu_(), count)
+        return v.rows[0].mul_(v.rows[1].exp_())
 
-    def _apply(self, flat: _Flat, a: int, b: int, direction: Tensor, settings: Settings) -> None:
-        step = direction.mul_(self.architecture.step_mult * settings.size)
-        if settings.limit < math.inf:
-            step.clamp_(-settings.limit, settings.limit)
-        if settings.trust < 1:
-            momentum = flat.momenta[DECAYS.index(0.9), a:b]
-            gradient = _scaled(self.inputs[0, : b - a], flat.gradient[a:b], settings.gradient)
-            step = mixed(step, momentum, gradient, flat.second[a:b], settings)
-        flat.parameter[a:b].sub_(step)
+    def _apply(self, part: _Part, direction: Tensor, settings: Settings) -> None:
+        factor = self.architecture.step_mult * settings.size
+        if settings.trust == 1:
+            bound = settings.limit / factor if factor else math.inf
+            if bound < math.inf:
+                direction.clamp_(-bound, bound)
+            part.parameter.sub_(direction, alpha=factor)
+            return
+        step = direction.mul_(factor).clamp_(-settings.limit, settings.limit)
+        gradient = _scaled(self.views(part.count).gradient, part.gradient, settings.gradient)
+        part.parameter.sub_(mixed(step, part.momenta[DECAYS.index(0.9)], gradient, part.second, settings))
 
     def _normalized(
-        self,
-        flat: _Flat,
-        spans: Sequence[tuple[int, int]],
-        first: Tensor,
-        mean_square: Tensor,
-        settings: Settings,
-        numel: int,
+        self, flat: _Flat, first: Tensor, mean_square: Tensor, settings: Settings, numel: int
     ) -> None:
         a, n = self.architecture, flat.parameter.numel()
         room = max(len(DECAYS) * int(_KEPT * numel), self.chunk)
         kept = self.like.new_empty(min(n, room))
-        scale = torch.rsqrt(mean_square[a.momentum] + a.eps)
+        scale = torch.rsqrt(mean_square[a.momentum] + a.eps).to(self.like)
         sums = self.like.new_zeros(2)
-        for begin, end in spans:
-            self._fill(flat, begin, end, settings.gradient)
-            u = self._moved(first, end - begin, scale)
-            sums += torch.stack([torch.dot(u, u), self.outputs[2, : end - begin].sum()])
-            if end <= len(kept):
-                kept[begin:end] = u
+        for part in flat.parts:
+            self._fill(part, settings.gradient)
+            u = self._moved(first, part.count, scale)
+            sums += torch.stack([torch.dot(u, u), self.views(part.count).rows[2].sum()])
+            if part.end <= len(kept):
+                kept[part.begin : part.end] = u
         size = self.size(sums[0] / n, sums[1] / n, mean_square[a.momentum]) / a.step_mult
-        for begin, end in spans:
-            if end <= len(kept):
-                u = kept[begin:end]
+        for part in flat.parts:
+            if part.end <= len(kept):
+                u = kept[part.begin : part.end]
             else:
-                self._fill(flat, begin, end, settings.gradient)
-                u = self._moved(first, end - begin, scale)
-            self._apply(flat, begin, end, u.mul_(size), settings)
+                self._fill(part, settings.gradient)
+                u = self._moved(first, part.count, scale)
+            self._apply(part, u.mul_(size), settings)
 
     def _moved(self, first: Tensor, count: int, scale: Tensor) -> Tensor:
-        return self._direction(first, count).add_(self.inputs[self.architecture.momentum, :count] * scale.to(first))
+        momentum = self.views(count).inputs[self.architecture.momentum]
+        return self._direction(first, count).add_(momentum * scale)
 
     def size(self, mean_square: Tensor, scale: Tensor, energy: Tensor) -> Tensor:
         """Return the factor that gives normalised steps their size; nothing moves without a gradient."""
@@ -222,7 +238,8 @@ class Engine:
         a = self.architecture
         sizes = [e.parameter.numel() for e in entries]
         count = sum(sizes)
-        x = self.inputs[:-1, :count]
+        v = self.views(count)
+        x = v.inputs[:-1]
         _scaled(x[0], torch.cat([e.gradient.reshape(-1) for e in entries]), settings.gradient)
         x[1].copy_(torch.cat([e.parameter.reshape(-1) for e in entries]))
         momenta = [e.state["momenta"].view(len(DECAYS), -1) for e in entries]
@@ -239,7 +256,7 @@ class Engine:
         weights = {n: w.to(mean_square.dtype) for n, w in self.weights.items()}
         scale, bias = (v.to(x.dtype) for v in fold(a, weights, mean_square, time, counts))
         x.mul_(scale.T[:, member])
-        hidden = torch.mm(self.weights["w0"][: a.elements].T, x, out=self.hidden[0][:, :count])
+        hidden = torch.mm(self.weights["w0"][: a.elements].T, x, out=v.hidden[0])
         out = self.rest(hidden.add_(bias.T[:, member]).relu_(), count)
         step = out[0].mul_(out[1].exp_())
         if a.normalize_step:
@@ -260,16 +277,26 @@ class Engine:
         torch._foreach_sub_([e.parameter for e in entries], parts)
 
 
-class _Flat:
-    """The elements of a parameter, its gradient and its state in the order of the parameter's memory."""
+class _Part(NamedTuple):
+    """A chunk of a tensor: views of its elements."""
 
-    def __init__(self, entry: Entry) -> None:
+    begin: int
+    end: int
+    count: int
+    parameter: Tensor
+    gradient: Tensor
+    momenta: Tensor
+    second: Tensor
+
+
+class _Flat:
+    """The elements of a parameter, its gradient and its state in the order of the parameter's memory, in chunks."""
+
+    def __init__(self, entry: Entry, chunk: int) -> None:
         p = entry.parameter
         order = sorted(range(p.ndim), key=lambda i: (-p.stride(i), i))
-        arranged = p.permute(order)
-        self.own = arranged if arranged.is_contiguous() else None
-        self.target = arranged
-        self.parameter = arranged.reshape(-1)
+        self.target = p.permute(order)
+        self.parameter = self.target.reshape(-1)
         self.gradient = entry.gradient.permute(order).reshape(-1)
         self.state = entry.state["momenta"].permute([0, *(i + 1 for i in order)])
         self.momenta = self.state.reshape(len(DECAYS), -1)
@@ -278,6 +305,10 @@ class _Flat:
         if "second_moment" in entry.state:
             self.kept = entry.state["second_moment"].permute(order)
             self.second = self.kept.reshape(-1)
+        flat = (self.parameter, self.gradient, self.momenta, self.second)
+        parts = zip(*(x.split(chunk, -1) for x in flat), strict=True)
+        starts = range(0, len(self.parameter), chunk)
+        self.parts = [_Part(a, a + len(own[0]), len(own[0]), *own) for a, own in zip(starts, parts, strict=True)]
 
     def write_back(self) -> None:
         """Copy where reshaping made a copy: for memory with gaps or another order than the parameter's."""
