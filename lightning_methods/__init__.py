@@ -39,6 +39,10 @@ _EXPORTS = {
     "ScatteringEncoder": "geometric_scattering",
     "ScatteringExplorer": "geometric_scattering",
     "ScatteringSVM": "geometric_scattering",
+    "LearnedOptimizer": "learned_optimizer",
+    "LearnedOptimizerMonitor": "learned_optimizer",
+    "MetaTraining": "learned_optimizer",
+    "TruncationSchedule": "learned_optimizer",
     "LITDistillation": "lit",
     "LITDistiller": "lit",
     "RobustGenerativeClassifier": "rog",
@@ -91,6 +95,10 @@ if TYPE_CHECKING:
     from lightning_methods.importance_weighting import PolyTailLoss as PolyTailLoss
     from lightning_methods.importance_weighting import VSLoss as VSLoss
     from lightning_methods.importance_weighting import WeightEffectMonitor as WeightEffectMonitor
+    from lightning_methods.learned_optimizer import LearnedOptimizer as LearnedOptimizer
+    from lightning_methods.learned_optimizer import LearnedOptimizerMonitor as LearnedOptimizerMonitor
+    from lightning_methods.learned_optimizer import MetaTraining as MetaTraining
+    from lightning_methods.learned_optimizer import TruncationSchedule as TruncationSchedule
     from lightning_methods.lit import LITDistillation as LITDistillation
     from lightning_methods.lit import LITDistiller as LITDistiller
     from lightning_methods.models import Classifier as Classifier
