@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
-_Step = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 # what gives each sample its output by itself and has neither parameters nor random numbers
 _PLAIN = (
@@ -18,8 +15,37 @@ _PLAIN = (
 )
 
 
-def as_chain(module: nn.Module) -> Forward | None:
-    """Return a function of all particles' parameters and inputs, or None where the module is no such chain.
+class Chain:
+    """A chain of layers as a function of all particles' parameters and inputs.
+
+    Args:
+        layers: (prefix of the names of its parameters, layer).
+    """
+
+    def __init__(self, layers: list[tuple[str, nn.Module]]) -> None:
+        self.layers = layers
+
+    def __call__(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Return the outputs.
+
+        Shapes:
+            parameters `(P, *shape)`, inputs `(P, B, ...)` -> `(P, B, ...)`.
+        """
+        for prefix, layer in self.layers:
+            weight, bias = params.get(f"{prefix}weight"), params.get(f"{prefix}bias")
+            if isinstance(layer, nn.Flatten):
+                x = x.flatten(2)
+            elif weight is None:
+                x = layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            elif isinstance(layer, nn.Conv2d):
+                x = _conv(x, weight, bias, layer)
+            else:
+                x = _linear(x, weight, bias)
+        return x
+
+
+def as_chain(module: nn.Module) -> Chain | None:
+    """Return the module as a chain, or None where it is none.
 
     Example:
         >>> chain = as_chain(nn.Sequential(nn.Linear(4, 3), nn.Tanh()))
@@ -28,41 +54,27 @@ def as_chain(module: nn.Module) -> Forward | None:
         >>> as_chain(nn.GRU(4, 3)) is None
         True
     """
-    steps: list[_Step] = []
-    if not _collect(module, "", steps):
-        return None
-
-    def forward(params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        for step in steps:
-            x = step(params, x)
-        return x
-
-    return forward
+    layers: list[tuple[str, nn.Module]] = []
+    return Chain(layers) if _collect(module, "", layers) else None
 
 
-def _collect(module: nn.Module, prefix: str, steps: list[_Step]) -> bool:
+def _collect(module: nn.Module, prefix: str, layers: list[tuple[str, nn.Module]]) -> bool:
     # a subclass may do anything in its forward, unless that is the one of Sequential
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        return all(_collect(child, f"{prefix}{name}.", steps) for name, child in module.named_children())
-    step = _step_of(module, prefix)
-    if step is not None:
-        steps.append(step)
-    return step is not None
+        return all(_collect(child, f"{prefix}{name}.", layers) for name, child in module.named_children())
+    layers.append((prefix, module))
+    return _is_layer(module)
 
 
-def _step_of(module: nn.Module, prefix: str) -> _Step | None:
-    kind = type(module)
+def _is_layer(module: nn.Module) -> bool:
     if any(not p.requires_grad for p in module.parameters()):
-        return None
-    if kind is nn.Linear:
-        return lambda params, x: _linear(x, params[f"{prefix}weight"], params.get(f"{prefix}bias"))
-    if kind is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros" and module.padding != "same":
-        return lambda params, x: _conv(x, params[f"{prefix}weight"], params.get(f"{prefix}bias"), module)
-    if kind is nn.Flatten and module.start_dim == 1 and module.end_dim == -1:
-        return lambda params, x: x.flatten(2)
-    if kind in _PLAIN:
-        return lambda params, x: module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-    return None
+        return False
+    if isinstance(module, nn.Conv2d):
+        plain = module.groups == 1 and module.padding_mode == "zeros" and module.padding != "same"
+        return type(module) is nn.Conv2d and plain
+    if isinstance(module, nn.Flatten):
+        return module.start_dim == 1 and module.end_dim == -1
+    return type(module) is nn.Linear or type(module) in _PLAIN
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,6 +88,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Conv2d) -> T
     particles, batch, _, height, width = x.shape
     pad = (0, 0) if layer.padding == "valid" else layer.padding
     kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+    assert not isinstance(pad, str)
     columns = F.unfold(x.flatten(0, 1), kernel, dilation, pad, stride)  # (P * B, C k, L)
     columns = columns.unflatten(0, (particles, batch)).transpose(1, 2).flatten(2)  # (P, C k, B L)
     y = weight.flatten(2) @ columns

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +97,7 @@ class ClassifierFamily:
         size = min(round(draw.log_uniform(*self.batch_sizes)), len(inputs))
         name = f"{self.name}/{'conv' if conv else 'mlp'}{depth}x{width}"
         return ModuleTask(
-            module, inputs, targets, batch_size=size, initialize=lambda m: _initialize(m, scheme, gain), name=name
+            module, inputs, targets, batch_size=size, initialize=partial(_initialize, scheme, gain), name=name
         )
 
     def _samples(self, draw: _Draw) -> tuple[Tensor, Tensor]:
@@ -129,7 +131,7 @@ class _Draw:
     def integer(self, low: int, high: int) -> int:
         return int(torch.randint(int(low), int(high) + 1, (), generator=self.generator))
 
-    def of(self, choices: Sequence) -> object:
+    def of(self, choices: Sequence[Any]) -> Any:
         return choices[self.integer(0, len(choices) - 1)]
 
     def order(self, count: int) -> Tensor:
@@ -163,7 +165,7 @@ def _conv_net(shape: Sequence[int], width: int, depth: int, classes: int, activa
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, classes))
 
 
-def _initialize(module: nn.Module, scheme: str, gain: float) -> None:
+def _initialize(scheme: str, gain: float, module: nn.Module) -> None:
     for part in module.modules():
         if not isinstance(part, (nn.Linear, nn.Conv2d)):
             continue

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_methods.core._lightning import LightningModule, OneFamily
-from lightning_methods.errors import InvalidArgument, check_choice
+from lightning_methods.errors import InvalidArgument, UnsupportedTraining, check_choice
 from lightning_methods.learned_optimizer.architecture import Architecture, Features
 from lightning_methods.learned_optimizer.estimators import ESTIMATORS, Episode, Estimates, Estimator, estimate
 from lightning_methods.learned_optimizer.functional import combine_sums, estimator_sums, variances
@@ -125,8 +125,8 @@ class MetaTraining(OneFamily, LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
         _check(tasks, estimator, num_pairs, tasks_per_step, variance, outer_loss, sigma, outer_lr, outer_clip)
+        _check_pairs(estimator, num_pairs, variance)
         self.save_hyperparameters(ignore=["tasks", "eval_tasks", "unroll", "horizon"])
         if start is not None:
             given = load_weights(start)
@@ -153,6 +153,7 @@ class MetaTraining(OneFamily, LightningModule):
         self.register_buffer("variance_ema", torch.zeros(3, self.architecture.size, dtype=torch.float64))
         self.longest = 0
         self._slots: list[dict[str, Any] | None] = [None] * tasks_per_step
+        self._taken = [0] * tasks_per_step
 
     # -- life in the trainer -----------------------------------------------------------------------------------------
 
@@ -173,12 +174,26 @@ class MetaTraining(OneFamily, LightningModule):
         """Return one turn for each task of the validation."""
         return _Turns(len(self.eval_tasks))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return Adam on the weights of the learned optimizer."""
-        return torch.optim.Adam([self.theta], lr=self.outer_lr, betas=(0.9, 0.99))
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return Adam on the weights of the learned optimizer, its rate falling to a tenth along a cosine."""
+        optimizer = torch.optim.Adam([self.theta], lr=self.outer_lr, betas=(0.9, 0.99))
+        total = self.decay_steps or self.trainer.estimated_stepping_batches
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Take one outer step."""
+        def share(step: int) -> float:
+            return 0.1 + 0.9 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0))) / 2
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return a number whose gradient is the estimated one, so that the Trainer does the rest as for any module."""
+        if not self.automatic_optimization:
+            raise UnsupportedTraining("MetaTraining optimises automatically; automatic_optimization=False was set.")
+        with torch.autocast(self.device.type, enabled=False):
+            gradient = self._outer_step()
+        return (self.theta * gradient.to(self.theta)).sum()
+
+    def _outer_step(self) -> Tensor:
         step = int(self.outer_step)
         unroll = self.unroll.length(step, generator_of(self.seed, "unroll", step))
         windows = [self._window(slot, step, unroll) for slot in range(self.tasks_per_step)]
@@ -186,24 +201,16 @@ class MetaTraining(OneFamily, LightningModule):
         norm = gradient.norm()
         if bool(norm > self.outer_clip):
             gradient = gradient * (self.outer_clip / norm)
-        optimizer: Any = self.optimizers()
-        for group in optimizer.param_groups:
-            group["lr"] = self._learning_rate(step)
-        self.theta.grad = gradient.to(self.theta)
-        optimizer.step()
-        self.theta.grad = None
         self.outer_step += 1
         inner = sum(self._taken) * 2 * self.num_pairs
         shown |= {"unroll": float(unroll), "grad_norm": norm, "inner_steps": float(inner)}
         self._log({f"meta/{name}": torch.as_tensor(x) for name, x in shown.items()})
+        return gradient
 
-    def _learning_rate(self, step: int) -> float:
-        total = self.decay_steps or self.trainer.max_steps
-        if total is None or total < 1:
-            epochs = self.trainer.max_epochs or 0
-            total = epochs * int(self.trainer.num_training_batches) if epochs > 0 else 0
-        progress = min(step / total, 1.0) if total else 0.0
-        return self.outer_lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+    @property
+    def _precise(self) -> Tensor:
+        """Return the weights in float32 or better, whatever the Trainer keeps them in."""
+        return self.theta.detach().to(torch.promote_types(self.theta.dtype, torch.float32))
 
     # -- one outer step ----------------------------------------------------------------------------------------------
 
@@ -219,7 +226,7 @@ class MetaTraining(OneFamily, LightningModule):
         before = episode.t
         given = estimate(
             self._problem(running),
-            self.theta.detach(),
+            self._precise,
             episode,
             unroll,
             seeds,
@@ -239,7 +246,7 @@ class MetaTraining(OneFamily, LightningModule):
         chosen = int(torch.randint(len(self.tasks), (), generator=generator_of(*place, "task")))
         running: dict[str, Any] = {"task": chosen, "seed": seed_of(*place, "sample")}
         seeds = [seed_of(*place, "pair", pair) for pair in pairs]
-        state = self._problem(running).begin(self.theta.detach(), seeds)
+        state = self._problem(running).begin(self._precise, seeds)
         running["episode"] = Episode(0, horizon, state)
         return running
 
@@ -248,12 +255,6 @@ class MetaTraining(OneFamily, LightningModule):
             task = self.tasks[running["task"]].sample(running["seed"])
             running["problem"] = InnerTraining(self.architecture, task, **self.inner)
         return running["problem"]
-
-    @property
-    def _taken(self) -> list[int]:
-        if not hasattr(self, "_steps_taken"):
-            self._steps_taken = [0] * self.tasks_per_step
-        return self._steps_taken
 
     def _gradient(self, windows: list[Estimates]) -> tuple[Tensor, dict[str, Any]]:
         """Return the gradient from all pairs of all ranks, and what is shown."""
@@ -301,20 +302,17 @@ class MetaTraining(OneFamily, LightningModule):
             return sums, counts, scalars
         flat = torch.cat([sums.flatten(), counts, scalars])
         dist.all_reduce(flat)
-        sums, counts, scalars = flat.split([sums.numel(), len(counts), len(scalars)])[0].view_as(sums), *flat[
-            sums.numel() :
-        ].split([len(counts), len(scalars)])
-        return sums, counts, scalars / dist.get_world_size()
+        parts = flat.split([sums.numel(), len(counts), len(scalars)])
+        return parts[0].view_as(sums), parts[1], parts[2] / dist.get_world_size()
 
     # -- validation, export, checkpoints -----------------------------------------------------------------------------
 
-    @torch.no_grad()
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Train a task of the validation from the start, by the weights as they are; once for each task."""
         if batch_idx >= len(self.eval_tasks):  # batches of a datamodule may be more
             return
         losses = self.evaluate(self.eval_tasks[batch_idx])
-        self._log({"val/meta_loss": losses.mean(), "val/meta_final": losses[:, -1].mean()}, epoch=True)
+        self._log({"val/meta_loss": losses.mean(), "val/meta_final": losses[:, -1].mean()})
 
     def evaluate(self, task: Any, *, steps: int | None = None, seeds: int | None = None) -> Tensor:
         """Return the outer losses of inner trainings with the weights as they are.
@@ -328,10 +326,12 @@ class MetaTraining(OneFamily, LightningModule):
             seeds: trainings. Default `eval_seeds`.
         """
         pairs = [seed_of("evaluation", i) for i in range(seeds or self.eval_seeds)]
-        problem = InnerTraining(self.architecture, task.sample(pairs[0]), **self.inner)
-        theta = self.theta.detach().expand(2 * len(pairs), -1)
-        state = problem.begin(theta, pairs)
-        losses, _ = problem.unroll(theta, state, 0, steps or self.eval_steps, pairs, differentiable=False)
+        # inner gradients are needed, which the Trainer's inference mode would not give
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            problem = InnerTraining(self.architecture, task.sample(pairs[0]), **self.inner)
+            theta = self._precise.expand(2 * len(pairs), -1)
+            state = problem.begin(theta, pairs)
+            losses, _ = problem.unroll(theta, state, 0, steps or self.eval_steps, pairs, differentiable=False)
         losses = torch.where(losses <= self.loss_clip, losses, self.loss_clip)
         return losses[: len(pairs)]
 
@@ -365,7 +365,7 @@ class MetaTraining(OneFamily, LightningModule):
         self.longest = saved["longest"]
         self._slots = [None if s is None else {**s, "episode": Episode(**s["episode"])} for s in saved["slots"]]
 
-    def _log(self, values: dict[str, Tensor], *, epoch: bool = False) -> None:
+    def _log(self, values: dict[str, Tensor]) -> None:
         if self._trainer is None or self._trainer.barebones:
             return
         for name, value in values.items():
@@ -376,7 +376,6 @@ class MetaTraining(OneFamily, LightningModule):
                 on_epoch=True,
                 batch_size=1,
                 prog_bar=name.endswith("loss"),
-                sync_dist=epoch,
             )
 
 
@@ -406,6 +405,15 @@ def _plain(slot: dict[str, Any] | None) -> dict[str, Any] | None:
     if slot is None:
         return None
     return {"task": slot["task"], "seed": slot["seed"], "episode": dict(vars(slot["episode"]))}
+
+
+def _check_pairs(estimator: str, num_pairs: int, variance: str) -> None:
+    least = {"same": 2, "split": 4, "ema": 1}[variance]
+    if estimator == "merged" and num_pairs < least:
+        raise InvalidArgument(
+            f"num_pairs={num_pairs}: variance={variance!r} needs at least {least} pairs. Use more, or variance='ema', "
+            "which remembers that of earlier steps."
+        )
 
 
 def _check(
