@@ -54,6 +54,7 @@ bench: $(READY)
 	$(RUN) benchmarks/rog.py
 	$(RUN) benchmarks/geometric_scattering.py
 	$(RUN) benchmarks/lit.py
+	$(RUN) benchmarks/learned_optimizer.py
 
 # write the compatibility matrix of the README and the cards from the results of the contract tests
 matrix: $(READY)

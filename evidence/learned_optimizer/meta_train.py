@@ -2,9 +2,10 @@
 
     python evidence/learned_optimizer/meta_train.py lm-small first --seed 0     # and 1, and 2
     python evidence/learned_optimizer/meta_train.py lm-small choose
-    python evidence/learned_optimizer/meta_train.py lm-small more    # the chosen seed
     python evidence/learned_optimizer/meta_train.py lm-small then
+    python evidence/learned_optimizer/meta_train.py lm-small ship
     python evidence/learned_optimizer/meta_train.py metz19 first --seed 0
+    python evidence/learned_optimizer/meta_train.py metz19 ship
 
 A stage that was interrupted goes on from its checkpoint. Results of the choice: results/choice.csv.
 """
@@ -27,9 +28,11 @@ from torch import Tensor
 from lightning_methods import DigitsDataModule
 from lightning_methods.learned_optimizer import ClassifierFamily, MetaTraining, TruncationSchedule
 from lightning_methods.learned_optimizer.samples import samples_of
+from lightning_methods.learned_optimizer.weights import Weights, load_weights, save_weights
 
 HERE = Path(__file__).parent
 RUNS = HERE / "runs"
+PACKAGE = HERE.parents[1] / "lightning_methods" / "learned_optimizer" / "weights"
 # (samples, inputs, of which informative, classes, clusters a class, separation)
 SYNTHETIC = [
     (400, 8, 5, 2, 2, 1.0),
@@ -93,15 +96,15 @@ def schedule(value: Any) -> Any:
 
 def build(name: str, stage: str, seed: int) -> tuple[MetaTraining, int]:
     config = yaml.safe_load((HERE / "meta_train.yaml").read_text())
-    own = {**config[name]["first"], **config[name][stage]}
+    own = config[name][stage]
+    steps = own["steps"] if stage == "then" else config[name]["seeds"][seed]
     settings = {k: schedule(v) for k, v in own["settings"].items()}
-    decay = own.get("decay_steps", own["steps"]) if stage != "then" else own["steps"]
     start: dict[str, Any] = config[name]["architecture"]
     if stage == "then":
-        start = {"start": str(RUNS / f"{name}_more_{chosen(name)}.json")}
+        start = {"start": str(RUNS / f"{name}_first_{chosen(name)}.json")}
     tasks = families(config["families"], own["max_parameters"])
-    model = MetaTraining(tasks, **settings, **start, decay_steps=decay, steps_per_epoch=10, seed=seed)
-    return model, own["steps"]
+    model = MetaTraining(tasks, **settings, **start, decay_steps=own.get("decay_steps", steps), steps_per_epoch=10, seed=seed)
+    return model, steps
 
 
 class Log(Callback):
@@ -121,14 +124,12 @@ class Log(Callback):
 
 
 def train(name: str, stage: str, seed: int) -> None:
-    if stage in ("more", "then"):
+    if stage == "then":
         seed = chosen(name)
     path = RUNS / f"{name}_{stage}_{seed}"
     RUNS.mkdir(parents=True, exist_ok=True)
     model, steps = build(name, stage, seed)
     checkpoint = path.with_suffix(".ckpt")
-    if stage == "more" and not checkpoint.is_file():
-        checkpoint = RUNS / f"{name}_first_{seed}.ckpt"
     trainer = Trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -147,11 +148,11 @@ def train(name: str, stage: str, seed: int) -> None:
 
 
 def evaluate(path: Path, settings: dict[str, Any]) -> dict[str, float]:
-    """Return mean losses of the validation tasks over 200 and over 1,000 steps."""
+    """Return mean losses of the validation tasks over 100 and over 500 steps."""
     tasks = evaluation_tasks(settings)
     model = MetaTraining(tasks, start=str(path))
-    losses = [model.evaluate(task, steps=1000, seeds=2) for task in tasks]
-    return {str(n): float(torch.stack([x[:, :n].mean() for x in losses]).mean()) for n in (200, 1000)}
+    losses = [model.evaluate(task, steps=500, seeds=1) for task in tasks]
+    return {str(n): float(torch.stack([x[:, :n].mean() for x in losses]).mean()) for n in (100, 500)}
 
 
 def choose(name: str) -> None:
@@ -163,29 +164,50 @@ def choose(name: str) -> None:
     with target.open("a", newline="") as file:
         writer = csv.writer(file)
         if not done:
-            writer.writerow(["weights", "seed", "mean_200", "mean_1000"])
-        for seed in config[name]["seeds"]:
+            writer.writerow(["weights", "seed", "outer_steps", "mean_100", "mean_500"])
+        for seed, steps in config[name]["seeds"].items():
             found = evaluate(RUNS / f"{name}_first_{seed}.json", config["families"])
-            writer.writerow([name, seed, found["200"], found["1000"]])
+            writer.writerow([name, seed, steps, found["100"], found["500"]])
             print(name, seed, found)
             file.flush()
 
 
+def ship(name: str) -> None:
+    """Put the weights into the package, with what made them on their card."""
+    config = yaml.safe_load((HERE / "meta_train.yaml").read_text())
+    stage = "then" if "then" in config[name] else "first"
+    found = load_weights(RUNS / f"{name}_{stage}_{chosen(name)}.json")
+    card = {
+        **found.card,
+        "horizon": config[name]["horizon"],
+        "tasks": sorted(set(found.card["tasks"])),
+        "seeds_tried": len(config[name]["seeds"]),
+        "command": f"python evidence/learned_optimizer/meta_train.py {name} ...",
+        "measured": "evidence/learned_optimizer/README.md",
+    }
+    print(save_weights(PACKAGE / f"{name}.json", Weights(name, found.architecture, found.theta, card)))
+
+
 def chosen(name: str) -> int:
+    config = yaml.safe_load((HERE / "meta_train.yaml").read_text())
+    if len(config[name]["seeds"]) == 1:
+        return next(iter(config[name]["seeds"]))
     rows = list(csv.DictReader((HERE / "results" / "choice.csv").open()))
     own = [r for r in rows if r["weights"] == name]
-    return int(min(own, key=lambda r: float(r["mean_200"]) + float(r["mean_1000"]))["seed"])
+    return int(min(own, key=lambda r: float(r["mean_100"]) + float(r["mean_500"]))["seed"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["lm-small", "metz19"])
-    parser.add_argument("stage", choices=["first", "choose", "more", "then"])
+    parser.add_argument("stage", choices=["first", "choose", "then", "ship"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.stage == "choose":
         choose(args.name)
+    elif args.stage == "ship":
+        ship(args.name)
     else:
         train(args.name, args.stage, args.seed)
 

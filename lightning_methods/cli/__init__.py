@@ -46,6 +46,9 @@ COMMANDS = {
     "audit-labels": Command(
         "lightning_methods.cli.audit_labels:audit", "which training labels look wrong, by a network trained on them"
     ),
+    "compare-optimizers": Command(
+        "lightning_methods.cli.compare_optimizers:compare", "learned against tuned optimizers on your model and data"
+    ),
     "reproduce": Command("lightning_methods.cli.reproduce:run", "a paper's tables beside ours, cell by cell: enzymes"),
     "list": Command("lightning_methods.cli.cards:list_techniques", "the techniques, their classes and papers"),
     "card": Command(

@@ -68,7 +68,7 @@ class Guard:
             self.slow += (1 - _SLOW) * (loss - self.slow)
             self.low = min(self.low, self.slow)
             self._judge()
-            self.noise += (1 - _SLOW) * (abs(loss - self.slow) - self.noise)
+            self.noise += (1 - _SLOW) * (abs(loss - self.fast) - self.noise)
         self.seen += 1
 
     def _judge(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from lightning_methods.core._lightning import LightningModule, OneFamily
 from lightning_methods.errors import InvalidArgument, UnsupportedTraining, check_choice
 from lightning_methods.learned_optimizer.architecture import Architecture, Features
 from lightning_methods.learned_optimizer.estimators import ESTIMATORS, Episode, Estimates, Estimator, estimate
+from lightning_methods.learned_optimizer.families import ClassifierFamily
 from lightning_methods.learned_optimizer.functional import combine_sums, estimator_sums, variances
 from lightning_methods.learned_optimizer.problem import InnerTraining
 from lightning_methods.learned_optimizer.samples import samples_of
@@ -25,20 +26,6 @@ from lightning_methods.learned_optimizer.weights import Weights, load_weights, s
 
 VARIANCES = ("same", "split", "ema")
 _EMA = 0.9
-
-
-class TaskSource(Protocol):
-    """What gives tasks: a `ModuleTask` gives itself, a family draws one."""
-
-    name: str
-
-    def with_data(self, inputs: Tensor, targets: Tensor) -> TaskSource:
-        """Return the same on these samples, where it has none."""
-        ...
-
-    def sample(self, seed: int) -> ModuleTask:
-        """Return the task of an episode."""
-        ...
 
 
 class MetaTraining(OneFamily, LightningModule):
@@ -95,7 +82,7 @@ class MetaTraining(OneFamily, LightningModule):
 
     def __init__(
         self,
-        tasks: Sequence[Any],
+        tasks: list[ModuleTask | ClassifierFamily],
         *,
         features: Features = "paper",
         hidden_size: int = 32,
@@ -118,7 +105,7 @@ class MetaTraining(OneFamily, LightningModule):
         outer_clip: float = 1.0,
         loss_clip: float = 5.0,
         decay_steps: int | None = None,
-        eval_tasks: Sequence[Any] | None = None,
+        eval_tasks: list[ModuleTask | ClassifierFamily] | None = None,
         eval_steps: int = 200,
         eval_seeds: int = 4,
         steps_per_epoch: int = 100,
@@ -127,7 +114,12 @@ class MetaTraining(OneFamily, LightningModule):
         super().__init__()
         _check(tasks, estimator, num_pairs, tasks_per_step, variance, outer_loss, sigma, outer_lr, outer_clip)
         _check_pairs(estimator, num_pairs, variance)
-        self.save_hyperparameters(ignore=["tasks", "eval_tasks", "unroll", "horizon"])
+        # plain values only, so that checkpoints load with weights_only=True
+        self.save_hyperparameters(
+            *("features", "hidden_size", "hidden_layers", "step_mult", "exp_mult", "normalize_step", "estimator"),
+            *("num_pairs", "tasks_per_step", "sigma", "outer_loss", "val_fraction", "variance", "second_order"),
+            *("outer_lr", "outer_clip", "loss_clip", "decay_steps", "eval_steps", "eval_seeds", "seed"),
+        )
         if start is not None:
             given = load_weights(start)
             self.architecture, theta = given.architecture, given.theta.clone()
@@ -177,7 +169,8 @@ class MetaTraining(OneFamily, LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """Return Adam on the weights of the learned optimizer, its rate falling to a tenth along a cosine."""
         optimizer = torch.optim.Adam([self.theta], lr=self.outer_lr, betas=(0.9, 0.99))
-        total = self.decay_steps or self.trainer.estimated_stepping_batches
+        most = self.trainer.max_steps
+        total = self.decay_steps or (most if most > 0 else self.trainer.estimated_stepping_batches)
 
         def share(step: int) -> float:
             return 0.1 + 0.9 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0))) / 2

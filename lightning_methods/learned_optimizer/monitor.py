@@ -55,6 +55,7 @@ class LearnedOptimizerMonitor(Callback):
         self._steps = 0
         self._before: dict[str, _Before] = {}
         self._of_tensors: dict[str, list[float]] = {}
+        self._epoch: list[list[float]] = []
         self._history: list[list[float]] = []
         self._trust: float | None = None
 
@@ -106,7 +107,9 @@ class LearnedOptimizerMonitor(Callback):
             sums += own
             self._of_tensors[name] = _measures(own)
         self._before = {}
-        values = dict(zip(_COLUMNS, _measures(sums), strict=True))
+        measured = _measures(sums)
+        self._epoch.append(measured)
+        values = dict(zip(_COLUMNS, measured, strict=True))
         if self._trust is not None:
             values["trust"] = self._trust
         if not trainer.barebones:
@@ -114,10 +117,12 @@ class LearnedOptimizerMonitor(Callback):
                 pl_module.log(f"{self.prefix}/{name}", value, on_step=False, on_epoch=True, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep the epoch's means for the curves."""
-        means = [trainer.callback_metrics.get(f"{self.prefix}/{name}") for name in _COLUMNS]
-        if all(m is not None for m in means):
-            self._history.append([float(trainer.current_epoch), *(float(m) for m in means)])
+        """Keep the epoch's means for the curves: of our own sums, which a resumed epoch still has."""
+        if self._epoch:
+            count = len(self._epoch)
+            means = [sum(column) / count for column in zip(*self._epoch, strict=True)]
+            self._history.append([float(trainer.current_epoch), *means])
+        self._epoch = []
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the curves and write the table."""
@@ -134,9 +139,10 @@ class LearnedOptimizerMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the moments and what was measured."""
         return {
-            "moments": dict(self._moments),
+            "moments": {name: x.clone() for name, x in self._moments.items()},
             "steps": self._steps,
             "tensors": {name: list(values) for name, values in self._of_tensors.items()},
+            "epoch": [list(row) for row in self._epoch],
             "history": [list(row) for row in self._history],
         }
 
@@ -145,6 +151,7 @@ class LearnedOptimizerMonitor(Callback):
         self._moments = {name: x.clone() for name, x in state_dict["moments"].items()}
         self._steps = state_dict["steps"]
         self._of_tensors = {name: list(values) for name, values in state_dict["tensors"].items()}
+        self._epoch = [list(row) for row in state_dict["epoch"]]
         self._history = [list(row) for row in state_dict["history"]]
 
 

@@ -69,7 +69,7 @@ class UnrolledOptimizer:
         self.architecture = architecture
         self.shapes = [tuple(shape) for shape in shapes]
         self.sizes = [math.prod(shape) for shape in self.shapes]
-        self.numel = torch.tensor(self.sizes, dtype=torch.float64)
+        self.numel = torch.tensor(self.sizes, dtype=torch.float64).clamp(min=1)
         # columns of ones, one a tensor: sums over tensors and values for all elements of one are matrix products
         self.member = torch.block_diag(*[torch.ones(size, 1) for size in self.sizes])
 

@@ -24,6 +24,7 @@ from lightning_methods.cka import RepresentationSimilarity
 from lightning_methods.errors import UnsupportedTraining
 from lightning_methods.geometric_scattering import ScatteringExplorer
 from lightning_methods.importance_weighting import ImportanceWeighting, WeightEffectMonitor
+from lightning_methods.learned_optimizer import LearnedOptimizerMonitor
 from lightning_methods.lit import LITDistillation
 from lightning_methods.rog import RobustGenerativeClassifier
 from lightning_methods.snnl import DeepKNN, Entanglement, SoftNearestNeighborLoss
@@ -39,6 +40,7 @@ from tests.contract.distillation import (
     made_teacher,
 )
 from tests.contract.graphs import GRAPHS, ScatteringByHand, ScatteringModule, TinyGraphModule, Unscattered
+from tests.contract.learned import LearnedModule, MetaModule, Unmoved
 from tests.support.training import ROWS, WIDTH, Samples, Settings, TinyModule
 
 Module = Callable[[Settings], Any]
@@ -438,5 +440,36 @@ RECIPES = [
         figures=("lit/section_errors",),
         tables=("lit/sections", "lit/networks"),
         plain=StudentModule,
+    ),
+    Recipe(
+        "learned-optimizer",
+        "learned_optimizer",
+        "`LearnedOptimizer`",
+        module=LearnedModule,
+        reference=None,
+    ),
+    Recipe(
+        "learned-optimizer-monitor",
+        "learned_optimizer",
+        "`LearnedOptimizerMonitor`",
+        callbacks=lambda: [LearnedOptimizerMonitor()],
+        probe=True,
+        scalars=tuple(
+            f"learned_optimizer/{name}" for name in ("step_size", "relative_step", "learning_rate", "adam_cosine")
+        ),
+        figures=("learned_optimizer/curves",),
+        tables=("learned_optimizer/tensors",),
+    ),
+    Recipe(
+        "meta-training",
+        "learned_optimizer",
+        "`MetaTraining`",
+        module=MetaModule,
+        reference=None,
+        refused={"manual": UnsupportedTraining, "foreign": UnsupportedTraining},
+        scalars=("meta/loss", "meta/reparam_weight", "val/meta_loss"),
+        plain=Unmoved,
+        inner=(),
+        beside=("learned-optimizer-monitor",),
     ),
 ]
