@@ -82,6 +82,7 @@ class Eval:
         self.name = self.task.name
 
     def sample(self, seed: int) -> Any:
+        """Return the task."""
         return self.task
 
 
@@ -103,7 +104,9 @@ def build(name: str, stage: str, seed: int) -> tuple[MetaTraining, int]:
     if stage == "then":
         start = {"start": str(RUNS / f"{name}_first_{chosen(name)}.json")}
     tasks = families(config["families"], own["max_parameters"])
-    model = MetaTraining(tasks, **settings, **start, decay_steps=own.get("decay_steps", steps), steps_per_epoch=10, seed=seed)
+    model = MetaTraining(
+        tasks, **settings, **start, decay_steps=own.get("decay_steps", steps), steps_per_epoch=10, seed=seed
+    )
     return model, steps
 
 
@@ -114,6 +117,7 @@ class Log(Callback):
         self.path, self.before = path, time.process_time()
 
     def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
+        """Write a row."""
         row = {k: float(v) for k, v in trainer.callback_metrics.items()}
         row |= {"step": int(module.outer_step), "cpu_seconds": round(time.process_time() - self.before, 1)}
         with self.path.with_suffix(".jsonl").open("a") as file:

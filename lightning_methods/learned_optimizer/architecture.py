@@ -111,9 +111,7 @@ class Architecture:
             ShapeMismatch: if it is not of that size.
         """
         if not theta.ndim or theta.shape[-1] != self.size:
-            raise ShapeMismatch(
-                f"The weights are {tuple(theta.shape)}; {self.describe()} has {self.size} of them."
-            )
+            raise ShapeMismatch(f"The weights are {tuple(theta.shape)}; {self.describe()} has {self.size} of them.")
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         parts = theta.split(sizes, -1)
         return {n: x.unflatten(-1, s) for (n, s), x in zip(self.shapes.items(), parts, strict=True)}
@@ -124,8 +122,13 @@ class Architecture:
         for name, shape in self.shapes.items():
             x = torch.zeros(shape)
             if name.startswith("w"):
-                torch.nn.init.trunc_normal_(x, std=1 / math.sqrt(shape[0]), a=-2 / math.sqrt(shape[0]),
-                                            b=2 / math.sqrt(shape[0]), generator=generator)
+                torch.nn.init.trunc_normal_(
+                    x,
+                    std=1 / math.sqrt(shape[0]),
+                    a=-2 / math.sqrt(shape[0]),
+                    b=2 / math.sqrt(shape[0]),
+                    generator=generator,
+                )
             parts.append(x.flatten())
         return torch.cat(parts)
 

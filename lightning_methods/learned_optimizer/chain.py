@@ -95,6 +95,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Conv2d) -> T
     if bias is not None:
         y = y + bias.unsqueeze(-1)
     sides = [
-        (size + 2 * pad[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i, size in enumerate((height, width))
+        (size + 2 * pad[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i, size in enumerate((height, width))
     ]
     return y.view(particles, -1, batch, *sides).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Learned against tuned optimizers on a module and data of the user's, with seeds apart for tuning and for reporting."""
+"""Learned against tuned optimizers on a module and data of the user's, tuned and reported on different seeds."""
 
 from __future__ import annotations
 
@@ -77,7 +77,16 @@ class Comparison:
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
         """Return the columns and a row for each optimizer: means with 95% t-intervals over the seeds."""
-        columns = ["optimizer", "lr", "mean val", "final val", "test", "steps to target", "seconds to target", "ms/step"]
+        columns = [
+            "optimizer",
+            "lr",
+            "mean val",
+            "final val",
+            "test",
+            "steps to target",
+            "seconds to target",
+            "ms/step",
+        ]
         rows = []
         for name, lr in self.chosen.items():
             runs = self.reported(name)
@@ -170,9 +179,7 @@ def compare_optimizers(
         raise InvalidArgument(
             f"steps={steps}, points={points}: positive numbers, and at least one seed and learning rate, are needed."
         )
-    run = partial(
-        _train, make_module, datamodule, steps=steps, points=points, monitor=monitor, test_metric=test_metric
-    )
+    run = partial(_train, make_module, datamodule, steps=steps, points=points, monitor=monitor, test_metric=test_metric)
     runs: list[OptimizerRun] = []
     chosen: dict[str, float] = {}
 
@@ -311,5 +318,3 @@ def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) ->
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(rows)
-
-

@@ -1,8 +1,8 @@
 """The step of a learned optimizer in chunks that stay in the cache.
 
 Three rearrangements, all exact: momenta are kept feature by feature, so that both layers are products with long rows;
-what normalises the inputs is multiplied into the first layer, which is smaller; what is constant over a tensor enters by
-its bias. Tensors smaller than a chunk go through together.
+what normalises the inputs is multiplied into the first layer, which is smaller; what is constant over a tensor enters
+by its bias. Tensors smaller than a chunk go through together.
 """
 
 from __future__ import annotations
@@ -134,12 +134,12 @@ class Engine:
         else:
             for part in flat.parts:
                 self._fill(part, settings.gradient)
-                self._apply(part, self._direction(first, part.count), settings)
+                self._apply(part, self._direction(first, part.length), settings)
         flat.write_back()
 
     def _advance(self, part: _Part, factor: float) -> Tensor:
         """Move the momenta of a chunk on, and return the sums of squares of its inputs."""
-        v = self.views(part.count)
+        v = self.views(part.length)
         _scaled(v.gradient, part.gradient, factor)
         v.parameter.copy_(part.parameter)
         torch.lerp(v.gradient, part.momenta, self.kept, out=part.momenta)
@@ -150,7 +150,7 @@ class Engine:
         total = torch.zeros(self.architecture.elements, dtype=torch.float64, device=self.like.device)
         for part in flat.parts:
             self._fill(part, factor)
-            total += self.views(part.count).inputs[:-1].double().square().sum(1)
+            total += self.views(part.length).inputs[:-1].double().square().sum(1)
         return total
 
     def folded(self, mean_square: Tensor, numel: int, time: int) -> Tensor:
@@ -166,7 +166,7 @@ class Engine:
         return first.T.to(self.like.dtype).contiguous()
 
     def _fill(self, part: _Part, factor: float) -> None:
-        v = self.views(part.count)
+        v = self.views(part.length)
         _scaled(v.gradient, part.gradient, factor)
         v.parameter.copy_(part.parameter)
         v.momenta.copy_(part.momenta)
@@ -195,12 +195,10 @@ class Engine:
             part.parameter.sub_(direction, alpha=factor)
             return
         step = direction.mul_(factor).clamp_(-settings.limit, settings.limit)
-        gradient = _scaled(self.views(part.count).gradient, part.gradient, settings.gradient)
+        gradient = _scaled(self.views(part.length).gradient, part.gradient, settings.gradient)
         part.parameter.sub_(mixed(step, part.momenta[DECAYS.index(0.9)], gradient, part.second, settings))
 
-    def _normalized(
-        self, flat: _Flat, first: Tensor, mean_square: Tensor, settings: Settings, numel: int
-    ) -> None:
+    def _normalized(self, flat: _Flat, first: Tensor, mean_square: Tensor, settings: Settings, numel: int) -> None:
         a, n = self.architecture, flat.parameter.numel()
         room = max(len(DECAYS) * int(_KEPT * numel), self.chunk)
         kept = self.like.new_empty(min(n, room))
@@ -208,8 +206,8 @@ class Engine:
         sums = self.like.new_zeros(2)
         for part in flat.parts:
             self._fill(part, settings.gradient)
-            u = self._moved(first, part.count, scale)
-            sums += torch.stack([torch.dot(u, u), self.views(part.count).rows[2].sum()])
+            u = self._moved(first, part.length, scale)
+            sums += torch.stack([torch.dot(u, u), self.views(part.length).rows[2].sum()])
             if part.end <= len(kept):
                 kept[part.begin : part.end] = u
         size = self.size(sums[0] / n, sums[1] / n, mean_square[a.momentum]) / a.step_mult
@@ -218,7 +216,7 @@ class Engine:
                 u = kept[part.begin : part.end]
             else:
                 self._fill(part, settings.gradient)
-                u = self._moved(first, part.count, scale)
+                u = self._moved(first, part.length, scale)
             self._apply(part, u.mul_(size), settings)
 
     def _moved(self, first: Tensor, count: int, scale: Tensor) -> Tensor:
@@ -282,7 +280,7 @@ class _Part(NamedTuple):
 
     begin: int
     end: int
-    count: int
+    length: int
     parameter: Tensor
     gradient: Tensor
     momenta: Tensor
@@ -294,7 +292,7 @@ class _Flat:
 
     def __init__(self, entry: Entry, chunk: int) -> None:
         p = entry.parameter
-        order = sorted(range(p.ndim), key=lambda i: (-p.stride(i), i))
+        order = memory_order(p)
         self.target = p.permute(order)
         self.parameter = self.target.reshape(-1)
         self.gradient = entry.gradient.permute(order).reshape(-1)
@@ -318,6 +316,17 @@ class _Flat:
         for place, values in pairs:
             if place.data_ptr() != values.data_ptr():
                 place.copy_(values.view(place.shape))
+
+
+def memory_order(x: Tensor) -> list[int]:
+    """Return the dimensions of a tensor from the slowest to the fastest in memory.
+
+    Example:
+        >>> memory_order(torch.zeros(2, 3).T)
+        [1, 0]
+    """
+    strides = x.stride()
+    return sorted(range(x.ndim), key=lambda i: (-strides[i], i))
 
 
 def mixed(step: Tensor, momentum: Tensor, gradient: Tensor, second: Tensor, settings: Settings) -> Tensor:

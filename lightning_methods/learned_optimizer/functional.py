@@ -241,7 +241,7 @@ def combine_estimators(
     sums = estimator_sums(reparam, es)
     if variance is None and len(reparam) < 2:
         raise InvalidArgument(
-            "One pair has no variance. Use at least two pairs, or variance='ema', which remembers that of earlier steps."
+            "One pair has no variance. Use two or more, or variance='ema', which remembers that of earlier steps."
         )
     gradient, weight = combine_sums(sums, count, variance)
     return gradient.to(reparam.dtype), weight.to(reparam.dtype)
@@ -272,9 +272,7 @@ def variances(sums: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     return spread[0], spread[1]
 
 
-def combine_sums(
-    sums: Tensor, count: Tensor, variance: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def combine_sums(sums: Tensor, count: Tensor, variance: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Return what `combine_estimators` returns, from the sums over all pairs of all ranks, in float64.
 
     Shapes:

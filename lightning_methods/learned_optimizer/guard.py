@@ -1,4 +1,4 @@
-"""When a learned optimizer is not to be trusted: past its horizon, in steps that are too large, and while the loss rises."""
+"""When a learned optimizer is not to be trusted: past its horizon, in large steps, and while the loss rises."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Guard:
     """Falls back towards Adam's step as the running loss says.
 
     The running loss (decay 0.9) is compared with the lowest slow one (decay 0.99). Where a quarter of what was gained
-    since the start is lost again, trust is halved, at most every 20 steps; where the loss is above that of the start, or no
-    number, it is gone. Trust never comes back: what has diverged once diverges again.
+    since the start is lost again, trust is halved, at most every 20 steps; where the loss is above that of the start, or
+    no number, it is gone. Trust never comes back: what has diverged once diverges again.
 
     Args:
         lr: of the Adam step that is fallen back to.
@@ -47,7 +47,7 @@ class Guard:
     rest: int = 0
 
     def __post_init__(self) -> None:
-        if not (0 < self.lr < math.inf and 0 < self.step_limit):
+        if not (0 < self.lr < math.inf and self.step_limit > 0):
             raise InvalidArgument(f"lr={self.lr}, step_limit={self.step_limit}: positive numbers are needed.")
 
     def observe(self, loss: float) -> None:

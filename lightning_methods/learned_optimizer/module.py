@@ -133,7 +133,11 @@ class MetaTraining(OneFamily, LightningModule):
         self.unroll = unroll if isinstance(unroll, TruncationSchedule) else TruncationSchedule("constant", unroll)
         self.horizon = TruncationSchedule("constant", horizon) if isinstance(horizon, int) else horizon
         self.sigma, self.variance, self.loss_clip = sigma, variance, loss_clip
-        self.inner = {"outer_loss": outer_loss, "val_fraction": val_fraction, "second_order": second_order}
+        self.inner: dict[str, Any] = {
+            "outer_loss": outer_loss,
+            "val_fraction": val_fraction,
+            "second_order": second_order,
+        }
         self.outer_lr, self.outer_clip, self.decay_steps = outer_lr, outer_clip, decay_steps
         self.eval_steps, self.eval_seeds, self.steps_per_epoch, self.seed = (
             eval_steps,
@@ -141,8 +145,10 @@ class MetaTraining(OneFamily, LightningModule):
             steps_per_epoch,
             seed,
         )
+        self.outer_step: Tensor
         self.register_buffer("outer_step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("variance_ema", torch.zeros(3, self.architecture.size, dtype=torch.float64))
+        self.variance_ema: Tensor
+        self.register_buffer("variance_ema", torch.zeros(2, self.architecture.size, dtype=torch.float64))
         self.longest = 0
         self._slots: list[dict[str, Any] | None] = [None] * tasks_per_step
         self._taken = [0] * tasks_per_step
@@ -166,7 +172,7 @@ class MetaTraining(OneFamily, LightningModule):
         """Return one turn for each task of the validation."""
         return _Turns(len(self.eval_tasks))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Return Adam on the weights of the learned optimizer, its rate falling to a tenth along a cosine."""
         optimizer = torch.optim.Adam([self.theta], lr=self.outer_lr, betas=(0.9, 0.99))
         most = self.trainer.max_steps
@@ -277,17 +283,17 @@ class MetaTraining(OneFamily, LightningModule):
     def _mixed(self, halves: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Return the merged gradient of one task from the sums of even and odd pairs."""
         if self.variance == "split":
-            parts = [
+            (a, v), (b, w) = (
                 combine_sums(halves[i], counts[i], variances(halves[1 - i], counts[1 - i])) for i in (0, 1)
-            ]
-            share = counts / counts.sum()
-            return tuple(share[0] * a + share[1] * b for a, b in zip(*parts, strict=True))  # type: ignore[return-value]
+            )
+            first, second = (counts / counts.sum()).unbind()
+            return first * a + second * b, first * v + second * w
         sums, total = halves.sum(0), counts.sum()
         if self.variance == "same":
             return combine_sums(sums, total)
         # deviations from zero rather than from a mean, which one pair does not have
         now = torch.stack([sums[1] / total, sums[3] / total]).clamp(max=1e30)
-        self.variance_ema[:2] = _EMA * self.variance_ema[:2] + (1 - _EMA) * now
+        self.variance_ema.lerp_(now, 1 - _EMA)
         return combine_sums(sums, total, (self.variance_ema[0], self.variance_ema[1]))
 
     def _added_up(self, sums: Tensor, counts: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:

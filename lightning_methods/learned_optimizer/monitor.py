@@ -164,7 +164,7 @@ def _products(before: _Before, after: Tensor) -> Tensor:
 
 
 def _measures(sums: Tensor) -> list[float]:
-    """Return step size, relative step, learning rate and cosine to Adam's step; 0 where there is nothing to divide by."""
+    """Return the measures in the order of their columns; 0 where there is nothing to divide by."""
     step, own, along, gradient, by_adam, adam, count = sums.tolist()
     return [
         math.sqrt(step / count),

@@ -21,7 +21,7 @@ from lightning_methods.errors import (
     check_choice,
 )
 from lightning_methods.learned_optimizer.factored import factored_step
-from lightning_methods.learned_optimizer.fast import CHUNK, SMALL, Engine, Entry, Settings
+from lightning_methods.learned_optimizer.fast import CHUNK, SMALL, Engine, Entry, Settings, memory_order
 from lightning_methods.learned_optimizer.functional import DECAYS
 from lightning_methods.learned_optimizer.guard import Guard
 from lightning_methods.learned_optimizer.unrolled import small_fc_shapes
@@ -56,7 +56,6 @@ class LearnedOptimizer(Optimizer):
             `"zero"` those elements, `"raise"`, or `"propagate"` them.
         guard: see above.
         guard_lr: learning rate of the Adam step that is fallen back to, times `lr`.
-        compile: run the step of large tensors as compiled code, on a GPU in two launches for all of them.
         features, hidden_size, hidden_layers: what the weights must be, where that is to be checked.
 
     Raises:
@@ -122,7 +121,7 @@ class LearnedOptimizer(Optimizer):
     # -- the step ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Args:
@@ -158,7 +157,9 @@ class LearnedOptimizer(Optimizer):
                     "parameters to torch.optim.SparseAdam."
                 )
             if p.grad.is_complex():
-                raise UnsupportedTraining("LearnedOptimizer does not support complex gradients. Use torch.view_as_real.")
+                raise UnsupportedTraining(
+                    "LearnedOptimizer does not support complex gradients. Use torch.view_as_real."
+                )
             entries.append(Entry(p, p.grad, self._state_of(p)))
         return entries
 
@@ -171,13 +172,11 @@ class LearnedOptimizer(Optimizer):
                 for name, shape in small_fc_shapes(p.shape).items():
                     state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
             else:
-                rows = torch.zeros_like(p, dtype=dtype).unsqueeze(0)
                 # in the parameter's order of memory, so that both flatten without a copy
-                state["momenta"] = torch.cat([rows] * len(DECAYS))
-                order = sorted(range(p.ndim), key=lambda i: (-p.stride(i), i))
-                shape = [len(DECAYS), *(p.shape[i] for i in order)]
+                order = memory_order(p)
                 back = [0, *(order.index(i) + 1 for i in range(p.ndim))]
-                state["momenta"] = torch.zeros(shape, dtype=dtype, device=p.device).permute(back)
+                rows = torch.zeros(len(DECAYS), *(p.shape[i] for i in order), dtype=dtype, device=p.device)
+                state["momenta"] = rows.permute(back)
         if self.guard is not None and self.guard.trust < 1 and "second_moment" not in state:
             state["second_moment"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
         return state
@@ -341,6 +340,6 @@ def _check_parameter(p: Tensor) -> None:
         raise UnsupportedTraining("LearnedOptimizer does not support sparse parameters. Use dense ones.")
     if hasattr(p, "device_mesh") or hasattr(p, "_is_flat_param"):
         raise UnsupportedTraining(
-            "A parameter is sharded (FSDP or tensor parallel); its inputs are normalised over the whole tensor, of which "
-            "this process has a part. Use DDP, or another optimizer."
+            "A parameter is sharded (FSDP or tensor parallel); its inputs are normalised over the whole tensor, of "
+            "which this process has a part. Use DDP, or another optimizer."
         )

@@ -63,9 +63,7 @@ class InnerTraining:
     def begin(self, theta: Tensor, seeds: Sequence[int]) -> State:
         """Return parameters, optimizer state and split of the samples."""
         starts = [self.task.initial(seed_of(seed, "initial")) for seed in seeds]
-        state = {
-            f"p{i}": _doubled(torch.stack([s[i] for s in starts]).to(theta)) for i in range(len(self.task.names))
-        }
+        state = {f"p{i}": _doubled(torch.stack([s[i] for s in starts]).to(theta)) for i in range(len(self.task.names))}
         order = [torch.randperm(len(self.inputs), generator=generator_of(seed, "split")) for seed in seeds]
         return {**state, **self.form.begin(theta, 2 * len(seeds)), "order": torch.stack(order)}
 

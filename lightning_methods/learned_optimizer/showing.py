@@ -1,4 +1,4 @@
-"""What makes meta-training hard, measured: how both estimators fare over the unroll length, and slices of the outer loss."""
+"""What makes meta-training hard: both estimators over the unroll length, and slices of the outer loss."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def estimator_variances(
         assert found.es is not None
         _, weight = combine_estimators(found.reparam, found.es)
         spread = [float(x.double().var(0).sum().nan_to_num(torch.inf)) for x in (found.reparam, found.es)]
-        rows.append(UnrollVariance(steps, *spread, float(weight.mean())))
+        rows.append(UnrollVariance(steps, spread[0], spread[1], float(weight.mean())))
     return rows
 
 

@@ -71,8 +71,8 @@ class ModuleTask:
         changing = [n for n, m in self.module.named_modules() if getattr(m, "track_running_stats", False)]
         if changing:
             raise UnsupportedTraining(
-                f"{self.name} has running statistics ({', '.join(changing[:3])}), which a differentiable inner training "
-                "cannot update. Use GroupNorm or LayerNorm, or track_running_stats=False."
+                f"{self.name} has running statistics ({', '.join(changing[:3])}), which a differentiable inner "
+                "training cannot update. Use GroupNorm or LayerNorm, or track_running_stats=False."
             )
         self.names = list(trained)
         self._chain = as_chain(self.module)
@@ -112,8 +112,9 @@ class ModuleTask:
                 self.initialize(self.module)
             else:
                 for part in self.module.modules():
-                    if hasattr(part, "reset_parameters"):
-                        part.reset_parameters()
+                    reset = getattr(part, "reset_parameters", None)
+                    if callable(reset):
+                        reset()
         parameters = dict(self.module.named_parameters())
         return [parameters[name].detach().clone() for name in self.names]
 

@@ -158,7 +158,8 @@ class UnrolledOptimizer:
             momenta = torch.lerp(gradient.unsqueeze(1), state["momenta"], kept)
             return paper_inputs(gradient, flat, momenta), {"momenta": momenta}
         decays = {n: learned_decay(d, weights[n]) for n, d in SMALL_FC_DECAYS.items()}
-        rows, new = [], {}
+        rows: list[Tensor] = []
+        new: State = {}
         for i, (p, g, shape) in enumerate(zip(params, grads, self.shapes, strict=True)):
             if not shape:
                 p, g = p.unsqueeze(-1), g.unsqueeze(-1)

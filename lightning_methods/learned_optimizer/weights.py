@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,8 +103,8 @@ def load_weights(source: str | Path | Mapping[str, Any] | Weights) -> Weights:
         path = Path(source)
     if not path.is_file():
         raise InvalidArgument(
-            f"There are no weights {str(source)!r}: neither shipped nor a file. {did_you_mean(str(source), available_weights())} "
-            f"Shipped: {', '.join(available_weights())}."
+            f"There are no weights {str(source)!r}: neither shipped nor a file. "
+            f"{did_you_mean(str(source), available_weights())} Shipped: {', '.join(available_weights())}."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -145,8 +144,3 @@ def _from_mapping(name: str, content: Any) -> Weights:
         )
     theta = torch.as_tensor(content["theta"], dtype=torch.float32).detach().cpu().clone()
     return Weights(name, Architecture.from_dict(dict(content["architecture"])), theta, dict(content.get("card", {})))
-
-
-def finite_or_none(x: float) -> float | None:
-    """Return a number for JSON, which knows no NaN."""
-    return x if math.isfinite(x) else None

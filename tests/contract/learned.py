@@ -31,7 +31,14 @@ class MetaModule(MetaTraining):
         self_settings = settings or Settings()
         pairs = 2 if self_settings.divisor is None else 2 * int(self_settings.divisor) // BATCH
         super().__init__(
-            [made_task()], hidden_size=4, num_pairs=pairs, unroll=2, horizon=4, eval_steps=3, eval_seeds=1, outer_lr=0.05
+            [made_task()],
+            hidden_size=4,
+            num_pairs=pairs,
+            unroll=2,
+            horizon=4,
+            eval_steps=3,
+            eval_seeds=1,
+            outer_lr=0.05,
         )
         self.settings = self_settings
         self.automatic_optimization = not self_settings.manual

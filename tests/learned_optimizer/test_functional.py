@@ -109,7 +109,12 @@ def test_networks(layers):
 
 @pytest.mark.parametrize(
     ("settings", "size"),
-    [({}, 706), ({"hidden_layers": 2}, 1762), ({"features": "small_fc"}, 1353), ({"features": "small_fc", "hidden_layers": 2}, 2409)],
+    [
+        ({}, 706),
+        ({"hidden_layers": 2}, 1762),
+        ({"features": "small_fc"}, 1353),
+        ({"features": "small_fc", "hidden_layers": 2}, 2409),
+    ],
 )
 def test_sizes(settings, size):
     assert Architecture(**settings).size == size
@@ -251,7 +256,9 @@ def test_combining_at_its_limits():
     assert combine_estimators(two, none)[0].item() == 5
     assert combine_estimators(none, none + 1)[1].item() == 0.5
     for broken in (torch.nan, torch.inf, -torch.inf):
-        gradient, weight = combine_estimators(torch.tensor([[1.0, 1.0], [broken, 1.5]]), torch.tensor([[2.0, 2.0], [4.0, 4.0]]))
+        gradient, weight = combine_estimators(
+            torch.tensor([[1.0, 1.0], [broken, 1.5]]), torch.tensor([[2.0, 2.0], [4.0, 4.0]])
+        )
         assert weight[0] == 0
         assert gradient[0] == 3
         assert weight[1] > 0.9

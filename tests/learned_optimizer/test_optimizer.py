@@ -53,7 +53,9 @@ def run(params, steps=3, scale=1.0, **settings):
 
 
 def difference(a, b):
-    return max((float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0)
+    return max(
+        (float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0
+    )
 
 
 @pytest.mark.parametrize(("zero", "wanted"), [(False, oracle.AFTER_3), (True, oracle.AFTER_2_ZEROS)])
@@ -193,7 +195,9 @@ def test_maximising_is_minimising_the_opposite():
 
 def test_clipping_leaves_the_gradients():
     clipped, by_hand = made_params(), made_params()
-    one, two = (LearnedOptimizer(p, weights=made_weights(), max_grad_norm=m) for p, m in ((clipped, 0.5), (by_hand, None)))
+    one, two = (
+        LearnedOptimizer(p, weights=made_weights(), max_grad_norm=m) for p, m in ((clipped, 0.5), (by_hand, None))
+    )
     for t in range(2):
         give_gradients(clipped, t)
         give_gradients(by_hand, t)
