@@ -229,8 +229,7 @@ def combine_estimators(
     Example:
         >>> reparam = torch.tensor([[1.0], [1.2]])
         >>> es = torch.tensor([[0.0], [4.0]])
-        >>> gradient, weight = combine_estimators(reparam, es)
-        >>> gradient, weight
+        >>> combine_estimators(reparam, es)
         (tensor([1.1022]), tensor([0.9975]))
     """
     if reparam.shape != es.shape or reparam.ndim != 2 or not len(reparam):

@@ -19,8 +19,8 @@ class Guard:
     """Falls back towards Adam's step as the running loss says.
 
     The running loss (decay 0.9) is compared with the lowest slow one (decay 0.99). Where a quarter of what was gained
-    since the start is lost again, trust is halved, at most every 20 steps; where the loss is above that of the start, or
-    no number, it is gone. Trust never comes back: what has diverged once diverges again.
+    since the start is lost again, trust is halved, at most every 20 steps; where the loss is above that of the start,
+    or no number, it is gone. Trust never comes back: what has diverged once diverges again.
 
     Args:
         lr: of the Adam step that is fallen back to.

@@ -113,7 +113,7 @@ class MetaTraining(OneFamily, LightningModule):
     ) -> None:
         super().__init__()
         _check(tasks, estimator, num_pairs, tasks_per_step, variance, outer_loss, sigma, outer_lr, outer_clip)
-        _check_pairs(estimator, num_pairs, variance)
+        _check_pairs(estimator, num_pairs, variance, processes=2 if variance == "split" else 1)
         # plain values only, so that checkpoints load with weights_only=True
         self.save_hyperparameters(
             *("features", "hidden_size", "hidden_layers", "step_mult", "exp_mult", "normalize_step", "estimator"),
@@ -157,6 +157,8 @@ class MetaTraining(OneFamily, LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take the samples of the datamodule, where tasks have none."""
+        if stage == "fit":
+            _check_pairs(self.estimator, self.num_pairs, self.variance, self.trainer.world_size)
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is None:
             return
@@ -406,12 +408,14 @@ def _plain(slot: dict[str, Any] | None) -> dict[str, Any] | None:
     return {"task": slot["task"], "seed": slot["seed"], "episode": dict(vars(slot["episode"]))}
 
 
-def _check_pairs(estimator: str, num_pairs: int, variance: str) -> None:
+def _check_pairs(estimator: str, num_pairs: int, variance: str, processes: int = 1) -> None:
+    """Raise `InvalidArgument` unless the pairs have the variances that are asked for."""
     least = {"same": 2, "split": 4, "ema": 1}[variance]
-    if estimator == "merged" and num_pairs < least:
+    total = num_pairs * processes
+    if estimator == "merged" and (total < least or (variance == "split" and total % 2)):
         raise InvalidArgument(
-            f"num_pairs={num_pairs}: variance={variance!r} needs at least {least} pairs. Use more, or variance='ema', "
-            "which remembers that of earlier steps."
+            f"num_pairs={num_pairs}: variance={variance!r} needs at least {least} pairs, of all devices together (an "
+            "even number for 'split'). Use more, or variance='ema', which remembers that of earlier steps."
         )
 
 

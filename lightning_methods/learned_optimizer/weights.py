@@ -78,7 +78,7 @@ def weights_card(name: str) -> dict[str, Any]:
 
     Example:
         >>> sorted(weights_card("metz19"))[:3]
-        ['command', 'horizon', 'made_by']
+        ['command', 'estimator', 'horizon']
     """
     return dict(load_weights(name).card)
 
