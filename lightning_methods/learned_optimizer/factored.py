@@ -34,7 +34,7 @@ def factored_step(engine: Engine, entry: Entry, settings: Settings) -> None:
     for own in work.slices:
         squares += work.inputs(own).square().sum(1, dtype=torch.float64)
     mean_square = squares / n
-    first = engine.folded(mean_square, n, settings.time)
+    first = engine.alone(mean_square, n, settings.time)
     if not a.normalize_step:
         for own in work.slices:
             work.apply(own, work.direction(first, own)[0].mul_(a.step_mult))

@@ -26,7 +26,7 @@ from lightning_methods.learned_optimizer.unrolled import fold
 CHUNK = 8192
 SMALL = 4096
 # a normalised step needs the whole tensor before any of it can be taken: so much of it is kept, the rest computed twice
-_KEPT = 0.05
+_KEPT = 0.03
 _ADAM = (0.9, 0.999)
 
 
@@ -66,7 +66,6 @@ class _Views(NamedTuple):
     gradient: Tensor
     parameter: Tensor
     momenta: Tensor
-    own: Tensor
     hidden: list[Tensor]
     outputs: Tensor
     rows: tuple[Tensor, ...]
@@ -108,7 +107,7 @@ class Engine:
                 self._views.clear()
             x, out = self.inputs[:, :count], self.outputs[:, :count]
             hidden = [h[:, :count] for h in self.hidden]
-            self._views[count] = _Views(x, x[0], x[1], x[2:-1], x[:2], hidden, out, out.unbind(0))
+            self._views[count] = _Views(x, x[0], x[1], x[2:-1], hidden, out, out.unbind(0))
         return self._views[count]
 
     # -- one large tensor --------------------------------------------------------------------------------------------
@@ -123,12 +122,11 @@ class Engine:
         """
         flat = _Flat(entry, self.chunk)
         n = flat.parameter.numel()
-        squares = self.like.new_zeros(self.architecture.elements)
-        for part in flat.parts:
-            squares += self._advance(part, settings.gradient)
+        sums = [x for part in flat.parts for x in self._advance(part, settings.gradient)]
+        squares = torch.stack(sums).view(-1, self.architecture.elements).sum(0)
         if not bool(squares.isfinite().all()):
             squares = self._squares_of_large_numbers(flat, settings.gradient)
-        first = self.folded(squares / n, n, settings.time)
+        first = self.alone(squares / n, n, settings.time)
         if self.architecture.normalize_step:
             self._normalized(flat, first, squares / n, settings, numel)
         else:
@@ -137,13 +135,16 @@ class Engine:
                 self._apply(part, self._direction(first, part.length), settings)
         flat.write_back()
 
-    def _advance(self, part: _Part, factor: float) -> Tensor:
+    def _advance(self, part: _Part, factor: float) -> list[Tensor]:
         """Move the momenta of a chunk on, and return the sums of squares of its inputs."""
-        v = self.views(part.length)
-        _scaled(v.gradient, part.gradient, factor)
-        v.parameter.copy_(part.parameter)
-        torch.lerp(v.gradient, part.momenta, self.kept, out=part.momenta)
-        return torch.cat([torch.linalg.vecdot(v.own, v.own), torch.linalg.vecdot(part.momenta, part.momenta)])
+        gradient, parameter = part.gradient, part.parameter
+        if factor != 1 or gradient.dtype != self.like.dtype:
+            gradient = _scaled(self.views(part.length).gradient, gradient, factor)
+        if parameter.dtype != self.like.dtype:
+            parameter = self.views(part.length).parameter.copy_(parameter)
+        torch.lerp(gradient, part.momenta, self.kept, out=part.momenta)
+        momenta = torch.linalg.vecdot(part.momenta, part.momenta)
+        return [torch.dot(gradient, gradient), torch.dot(parameter, parameter), *momenta.unbind()]
 
     def _squares_of_large_numbers(self, flat: _Flat, factor: float) -> Tensor:
         """Return the sums of squares where they exceed float32, as float64."""
@@ -153,17 +154,21 @@ class Engine:
             total += self.views(part.length).inputs[:-1].double().square().sum(1)
         return total
 
-    def folded(self, mean_square: Tensor, numel: int, time: int) -> Tensor:
-        """Return the first layer `(H, F + 1)` with the factors of the inputs, and the bias in its last column."""
+    def folded(self, mean_square: Tensor, numel: Tensor, time: int) -> Tensor:
+        """Return the first layers `(K, H, F + 1)` with the factors of the inputs, and the bias in the last column."""
         a = self.architecture
         given = time_features(time, dtype=mean_square.dtype).to(self.like.device)
-        count = torch.tensor([float(numel)], dtype=torch.float64, device=self.like.device)
         weights = self.weights
         if mean_square.dtype != self.like.dtype:
             weights = {name: x.to(mean_square.dtype) for name, x in weights.items()}
-        scale, bias = fold(a, weights, mean_square.unsqueeze(0), given, count)
-        first = torch.cat([weights["w0"][: a.elements] * scale[0].unsqueeze(1), bias], 0)
-        return first.T.to(self.like.dtype).contiguous()
+        scale, bias = fold(a, weights, mean_square, given, numel)
+        layer = weights["w0"][: a.elements].T * scale.unsqueeze(1)
+        return torch.cat([layer, bias.unsqueeze(2)], 2).to(self.like.dtype)
+
+    def alone(self, mean_square: Tensor, numel: int, time: int) -> Tensor:
+        """Return the first layer `(H, F + 1)` of one tensor."""
+        count = torch.tensor([float(numel)], dtype=torch.float64, device=self.like.device)
+        return self.folded(mean_square.unsqueeze(0), count, time)[0]
 
     def _fill(self, part: _Part, factor: float) -> None:
         v = self.views(part.length)
@@ -245,23 +250,26 @@ class Engine:
         torch.lerp(x[0], x[2:], self.kept, out=x[2:])
         torch._foreach_copy_(momenta, x[2:].split(sizes, 1))
         lengths = torch.tensor(sizes, device=x.device)
-        member = torch.arange(len(sizes), device=x.device).repeat_interleave(lengths, output_size=count)
         counts = lengths.to(x.dtype)
-        mean_square = _sums(x.square(), lengths) / counts.unsqueeze(1)
+        parts = x.split(sizes, 1)
+        mean_square = torch.stack([torch.linalg.vecdot(part, part) for part in parts]) / counts.unsqueeze(1)
         if not bool(mean_square.isfinite().all()):
-            mean_square = _sums(x.double().square(), lengths) / counts.unsqueeze(1)
-        time = time_features(settings.time, dtype=torch.float64).to(x.device)
-        weights = {n: w.to(mean_square.dtype) for n, w in self.weights.items()}
-        scale, bias = (v.to(x.dtype) for v in fold(a, weights, mean_square, time, counts))
-        x.mul_(scale.T[:, member])
-        hidden = torch.mm(self.weights["w0"][: a.elements].T, x, out=v.hidden[0])
-        out = self.rest(hidden.add_(bias.T[:, member]).relu_(), count)
+            wide = [part.double() for part in parts]
+            mean_square = torch.stack([torch.linalg.vecdot(part, part) for part in wide]) / counts.unsqueeze(1)
+        first = self.folded(mean_square, counts, settings.time)
+        for layer, part, hidden in zip(first, v.inputs.split(sizes, 1), v.hidden[0].split(sizes, 1), strict=True):
+            torch.mm(layer, part, out=hidden)
+        out = self.rest(v.hidden[0].relu_(), count)
         step = out[0].mul_(out[1].exp_())
         if a.normalize_step:
-            step.add_(x[a.momentum])
-            means = _sums(torch.stack([step.square(), out[2]]), lengths) / counts.unsqueeze(1)
-            size = self.size(means[:, 0], means[:, 1], mean_square[:, a.momentum])
-            step.mul_((size / a.step_mult)[member])
+            scale = torch.rsqrt(mean_square[:, a.momentum] + a.eps).to(x)
+            step.addcmul_(x[a.momentum], scale.repeat_interleave(lengths, output_size=count))
+            means = [
+                torch.stack([part @ part for part in step.split(sizes)]),
+                torch.stack([part.sum() for part in out[2].split(sizes)]),
+            ]
+            size = self.size(means[0] / counts, means[1] / counts, mean_square[:, a.momentum])
+            step.mul_((size / a.step_mult).repeat_interleave(lengths, output_size=count))
         step.mul_(a.step_mult * settings.size)
         if settings.limit < math.inf:
             step.clamp_(-settings.limit, settings.limit)
@@ -345,8 +353,3 @@ def mixed(step: Tensor, momentum: Tensor, gradient: Tensor, second: Tensor, sett
 def _scaled(out: Tensor, x: Tensor, factor: float) -> Tensor:
     out.copy_(x)
     return out if factor == 1 else out.mul_(factor)
-
-
-def _sums(x: Tensor, lengths: Tensor) -> Tensor:
-    """Return the sums over consecutive columns: `(F, n)`, `(K,)` -> `(K, F)`."""
-    return torch.segment_reduce(x.T.contiguous(), "sum", lengths=lengths, unsafe=True)

@@ -198,7 +198,7 @@ def es_gradient(loss_plus: Tensor, loss_minus: Tensor, noise: Tensor, sigma: flo
 
     Example:
         >>> es_gradient(torch.tensor([1.02]), torch.tensor([0.98]), torch.tensor([[0.01, 0.0]]), 0.01)
-        tensor([[2., 0.]])
+        tensor([[2.0000, 0.0000]])
     """
     return ((loss_plus - loss_minus) / (2 * sigma**2)).unsqueeze(-1) * noise
 
