@@ -184,6 +184,7 @@ def ship(name: str) -> None:
     card = {
         **found.card,
         "horizon": config[name]["horizon"],
+        "clock": config[name]["clock"],
         "tasks": sorted(set(found.card["tasks"])),
         "seeds_tried": len(config[name]["seeds"]),
         "command": f"python evidence/learned_optimizer/meta_train.py {name} ...",

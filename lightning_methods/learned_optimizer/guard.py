@@ -82,18 +82,18 @@ class Guard:
             self.trust = self.trust / 2 if self.trust / 2 >= _LEAST else 0.0
             self.rest = _PATIENCE
 
-    def size(self, step: int, horizon: int | None) -> float:
-        """Return the factor of a learned step: past the horizon it falls with the root of time.
+    def size(self, step: int, clock: int | None) -> float:
+        """Return the factor of a learned step: past the clock's end it falls with the root of time.
 
         Args:
             step: updates before this one.
-            horizon: longest inner training of the meta-training.
+            clock: where time stands still.
 
         Example:
             >>> Guard().size(100, 200), Guard().size(800, 200)
             (1.0, 0.5)
         """
-        return 1.0 if not horizon or step <= horizon else math.sqrt(horizon / step)
+        return 1.0 if not clock or step <= clock else math.sqrt(clock / step)
 
     def state_dict(self) -> dict[str, float]:
         """Return what it has seen, as plain numbers."""

@@ -40,8 +40,8 @@ class LearnedOptimizer(Optimizer):
     output chooses. There is no learning rate to tune; `lr` multiplies the step, so that schedulers work.
 
     The guard, on by default, keeps it from diverging beyond what it was trained for: time stands still for the network
-    at the longest horizon of its meta-training, and steps then fall with the root of time; no element moves by more
-    than `0.1 lr`; and where the running loss that the closure returns gives back a quarter of what was gained, half of
+    at the `clock` of the weights' card, and steps then fall with the root of time; no element moves by more than
+    `0.1 lr`; and where the running loss that the closure returns gives back a quarter of what was gained, half of
     the step is replaced by Adam's (learning rate `guard_lr`), and so on until all is. Ranks decide by their mean loss.
 
     Args:
@@ -205,9 +205,9 @@ class LearnedOptimizer(Optimizer):
     def _settings(self, t: int, lr: float, factor: float) -> Settings:
         if self.guard is None:
             return Settings(t, lr, factor)
-        horizon = self.weights.horizon
-        time = t if not horizon else min(t, horizon)
-        size, limit = self.guard.size(t, horizon), self.guard.step_limit
+        clock = self.weights.clock
+        time = t if not clock else min(t, clock)
+        size, limit = self.guard.size(t, clock), self.guard.step_limit
         return Settings(time, lr * size, factor, self.guard.trust, self.guard.lr * lr * size, limit * lr)
 
     def _engine(self, p: Tensor) -> Engine:

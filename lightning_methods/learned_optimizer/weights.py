@@ -51,6 +51,11 @@ class Weights:
         return self.card.get("horizon")
 
     @property
+    def clock(self) -> int | None:
+        """Return the step at which the guard lets time stand still; the horizon, where the card says no other."""
+        return self.card.get("clock", self.horizon)
+
+    @property
     def fingerprint(self) -> str:
         """Return a digest of the numbers and of what they belong to."""
         text = json.dumps(self.architecture.to_dict(), sort_keys=True).encode()
@@ -78,7 +83,7 @@ def weights_card(name: str) -> dict[str, Any]:
 
     Example:
         >>> sorted(weights_card("metz19"))[:3]
-        ['command', 'estimator', 'horizon']
+        ['clock', 'command', 'estimator']
     """
     return dict(load_weights(name).card)
 
