@@ -255,10 +255,8 @@ def show() -> None:
                 continue
             adam = {int(r["seed"]): float(r["mean_val"]) for r in own if r["optimizer"] == "Adam"}
             print(f"\n### {task}, {steps} steps\n")
-            print(
-                "| | lr | mean validation loss | over Adam's | final validation loss | test loss | accuracy | ms a step |"
-            )
-            print("|---|---:|---:|---:|---:|---:|---:|---:|")
+            columns = ["", "lr", "mean val loss", "over Adam's", "final val loss", "test loss", "accuracy", "ms a step"]
+            print("| " + " | ".join(columns) + " |\n|---|" + "---:|" * (len(columns) - 1))
             for name in [*LEARNED, *BASELINES]:
                 runs = [r for r in own if r["optimizer"] == name]
                 if not runs:
@@ -267,7 +265,8 @@ def show() -> None:
                 cells = [name, runs[0]["lr"], mean([float(r["mean_val"]) for r in runs])]
                 cells += [mean(paired) if paired and name != "Adam" else ""]
                 cells += [mean([float(r[k]) for r in runs]) for k in ("final_val", "test", "accuracy")]
-                print("| " + " | ".join([*cells, f"{np.median([float(r['ms_per_step']) for r in runs]):.2f}"]) + " |")
+                cells.append(f"{np.median([float(r['ms_per_step']) for r in runs]):.2f}")
+                print("| " + " | ".join(cells) + " |")
 
 
 def main() -> None:
