@@ -13,7 +13,7 @@ import argparse
 import csv
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_methods import LearnedOptimizer
+from lightning_methods.learned_optimizer import ModuleTask
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "runs.csv"
@@ -149,16 +150,53 @@ def train(task: Task, data: Data, make: Callable[[Any], Any], steps: int, seed: 
         if (t + 1) % every == 0:
             val.append(loss_of(net, data.val))
     guard = getattr(optimizer, "guard", None)
-    with torch.no_grad():
-        accuracy = float((net(data.test[0]).argmax(1) == data.test[1]).float().mean())
     return {
         "mean_val": float(np.mean(val)),
         "final_val": val[-1],
         "test": loss_of(net, data.test),
-        "accuracy": accuracy,
+        "accuracy": accuracy_of(net, data.test),
         "ms_per_step": 1000 * spent / steps,
         "trust": math.nan if guard is None else guard.trust,
     }
+
+
+def train_together(task: Task, data: Data, optimizer: str, lr: float, steps: int, seeds: Sequence[int]) -> list[dict]:
+    """Train once for each seed, all side by side: baselines work element by element, so that each goes its own way."""
+    nets, rows = [], []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        nets.append(task.net())
+        rows.append(torch.randint(len(data.train[0]), (steps, 32)))
+    own = ModuleTask(nets[0], *data.train, batch_size=32)
+    params = [torch.stack(p).detach().requires_grad_() for p in zip(*(n.parameters() for n in nets), strict=True)]
+    made = BASELINES[optimizer](params, lr)
+    (x, y), batches, val, spent = data.train, torch.stack(rows, 1), [], 0.0
+
+    def losses(samples: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.no_grad():
+            found = own.losses(params, *(v.expand(len(seeds), *v.shape) for v in samples))
+        return torch.where(found < 1e4, found, 1e4)
+
+    for t in range(steps):
+        start = time.perf_counter()
+        made.zero_grad()
+        own.losses(params, x[batches[t]], y[batches[t]]).sum().backward()
+        made.step()
+        spent += time.perf_counter() - start
+        if (t + 1) % max(1, steps // 40) == 0:
+            val.append(losses(data.val))
+    curve, test, found = torch.stack(val), losses(data.test), []
+    for i, net in enumerate(nets):
+        for p, value in zip(net.parameters(), params, strict=True):
+            p.data.copy_(value[i].detach())
+        row = {"mean_val": float(curve[:, i].mean()), "final_val": float(curve[-1, i]), "test": float(test[i])}
+        found.append({**row, "accuracy": accuracy_of(net, data.test), "ms_per_step": math.nan, "trust": math.nan})
+    return found
+
+
+@torch.no_grad()
+def accuracy_of(net: nn.Module, samples: tuple[Tensor, Tensor]) -> float:
+    return float((net(samples[0]).argmax(1) == samples[1]).float().mean())
 
 
 @torch.no_grad()
@@ -182,20 +220,21 @@ class Book:
         """Return what tells a training from the others."""
         return tuple(str(row[name]) for name in FIELDS[:5])
 
-    def get(self, place: dict[str, Any], work: Callable[[], dict[str, float]]) -> dict[str, str]:
-        """Return a row, from the file or from work that is then written there."""
-        key = self.key(place)
-        if key not in self.rows:
-            row = {**place, **{k: f"{v:.6g}" for k, v in work().items()}}
-            RESULTS.parent.mkdir(exist_ok=True)
-            new = not RESULTS.is_file()
-            with RESULTS.open("a", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
-            self.rows[key] = {k: str(v) for k, v in row.items()}
-        return self.rows[key]
+    def has(self, place: dict[str, Any]) -> bool:
+        """Tell whether a training is in the file."""
+        return self.key(place) in self.rows
+
+    def add(self, place: dict[str, Any], result: dict[str, float]) -> None:
+        """Write a row."""
+        row = {**place, **{k: f"{v:.6g}" for k, v in result.items()}}
+        RESULTS.parent.mkdir(exist_ok=True)
+        new = not RESULTS.is_file()
+        with RESULTS.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        self.rows[self.key(place)] = {k: str(v) for k, v in row.items()}
 
 
 class Trial(NamedTuple):
@@ -206,23 +245,36 @@ class Trial(NamedTuple):
     steps: int
     data: Data
 
-    def result(self, optimizer: str, lr: float | str, seed: int) -> dict[str, str]:
-        """Return the row of one training, run where it has not been."""
-        place = {"task": self.name, "steps": self.steps, "optimizer": optimizer, "lr": lr, "seed": seed}
+    def learned(self, optimizer: str, seeds: Sequence[int]) -> None:
+        """Train with a learned optimizer, a seed at a time, where it has not been."""
+        for seed in seeds:
+            place = {"task": self.name, "steps": self.steps, "optimizer": optimizer, "lr": "none", "seed": seed}
+            if not self.book.has(place):
+                settings = LEARNED[optimizer]
+                self.book.add(
+                    place,
+                    train(
+                        TASKS[self.name], self.data, lambda p, s=settings: LearnedOptimizer(p, **s), self.steps, seed
+                    ),
+                )
 
-        def make(params: Any) -> torch.optim.Optimizer:
-            if optimizer in LEARNED:
-                return LearnedOptimizer(params, **LEARNED[optimizer])
-            return BASELINES[optimizer](params, float(lr))
+    def results(self, optimizer: str, lr: float, seeds: Sequence[int]) -> list[dict[str, str]]:
+        """Return the rows of a baseline, run where they have not been."""
+        places = [
+            {"task": self.name, "steps": self.steps, "optimizer": optimizer, "lr": lr, "seed": seed} for seed in seeds
+        ]
+        if not all(self.book.has(place) for place in places):
+            rows = train_together(TASKS[self.name], self.data, optimizer, lr, self.steps, seeds)
+            for place, row in zip(places, rows, strict=True):
+                self.book.add(place, row)
+        return [self.book.rows[self.book.key(place)] for place in places]
 
-        return self.book.get(place, lambda: train(TASKS[self.name], self.data, make, self.steps, seed))
-
-    def tuned(self, optimizer: str) -> float:
-        """Return the learning rate of the least mean validation loss on the tuning seeds."""
+    def tuned(self, optimizer: str, seeds: Sequence[int]) -> None:
+        """Choose the learning rate of the least mean validation loss on the tuning seeds, and train with it."""
         found = {
-            lr: float(np.mean([float(self.result(optimizer, lr, seed)["mean_val"]) for seed in TUNING])) for lr in RATES
+            lr: float(np.mean([float(row["mean_val"]) for row in self.results(optimizer, lr, TUNING)])) for lr in RATES
         }
-        return min(found, key=lambda lr: found[lr])
+        self.results(optimizer, min(found, key=lambda lr: found[lr]), seeds)
 
 
 def run(root: str, seeds: int, steps: list[int], tasks: list[str], optimizers: list[str]) -> None:
@@ -233,9 +285,7 @@ def run(root: str, seeds: int, steps: list[int], tasks: list[str], optimizers: l
                 continue
             trial = Trial(book, name, length, TASKS[name].data(root))
             for optimizer in optimizers:
-                lr = "none" if optimizer in LEARNED else trial.tuned(optimizer)
-                for seed in range(seeds):
-                    trial.result(optimizer, lr, seed)
+                (trial.learned if optimizer in LEARNED else trial.tuned)(optimizer, range(seeds))
 
 
 def mean(values: list[float]) -> str:

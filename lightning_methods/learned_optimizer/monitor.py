@@ -55,8 +55,8 @@ class LearnedOptimizerMonitor(Callback):
         self._steps = 0
         self._before: dict[str, _Before] = {}
         self._of_tensors: dict[str, list[float]] = {}
-        self._epoch: list[list[float]] = []
-        self._history: list[list[float]] = []
+        # epoch -> sums of the measures, and how many
+        self._epochs: dict[int, list[float]] = {}
         self._trust: float | None = None
 
     @property
@@ -108,7 +108,9 @@ class LearnedOptimizerMonitor(Callback):
             self._of_tensors[name] = _measures(own)
         self._before = {}
         measured = _measures(sums)
-        self._epoch.append(measured)
+        # added up by ourselves: an epoch that was resumed in has all of its steps
+        so_far = self._epochs.get(trainer.current_epoch, [0.0] * (len(measured) + 1))
+        self._epochs[trainer.current_epoch] = [a + b for a, b in zip(so_far, [*measured, 1.0], strict=True)]
         values = dict(zip(_COLUMNS, measured, strict=True))
         if self._trust is not None:
             values["trust"] = self._trust
@@ -116,25 +118,18 @@ class LearnedOptimizerMonitor(Callback):
             for name, value in values.items():
                 pl_module.log(f"{self.prefix}/{name}", value, on_step=False, on_epoch=True, batch_size=1)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep the epoch's means for the curves: of our own sums, which a resumed epoch still has."""
-        if self._epoch:
-            count = len(self._epoch)
-            means = [sum(column) / count for column in zip(*self._epoch, strict=True)]
-            self._history.append([float(trainer.current_epoch), *means])
-        self._epoch = []
-
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the curves and write the table."""
         if not is_reporting(trainer) or not self._of_tensors:
             return
         rows = [[name, *values] for name, values in self._of_tensors.items()]
         log_table(trainer, f"{self.prefix}/tensors", ["tensor", *_COLUMNS], rows)
-        if self._history:
-            epochs, size, relative, rate, _ = map(list, zip(*self._history, strict=True))
-            lines = {"step size": (epochs, size), "relative step": (epochs, relative), "learning rate": (epochs, rate)}
-            figure = curves(lines, title="What the optimizer does", x_label="epoch", y_label="mean over the epoch")
-            log_figure(trainer, f"{self.prefix}/curves", figure)
+        epochs = sorted(self._epochs)
+        means = [[x / self._epochs[e][-1] for x in self._epochs[e][:-1]] for e in epochs]
+        size, relative, rate, _ = map(list, zip(*means, strict=True))
+        lines = {"step size": (epochs, size), "relative step": (epochs, relative), "learning rate": (epochs, rate)}
+        figure = curves(lines, title="What the optimizer does", x_label="epoch", y_label="mean over the epoch")
+        log_figure(trainer, f"{self.prefix}/curves", figure)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moments and what was measured."""
@@ -142,8 +137,7 @@ class LearnedOptimizerMonitor(Callback):
             "moments": {name: x.clone() for name, x in self._moments.items()},
             "steps": self._steps,
             "tensors": {name: list(values) for name, values in self._of_tensors.items()},
-            "epoch": [list(row) for row in self._epoch],
-            "history": [list(row) for row in self._history],
+            "epochs": {epoch: list(sums) for epoch, sums in self._epochs.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -151,8 +145,7 @@ class LearnedOptimizerMonitor(Callback):
         self._moments = {name: x.clone() for name, x in state_dict["moments"].items()}
         self._steps = state_dict["steps"]
         self._of_tensors = {name: list(values) for name, values in state_dict["tensors"].items()}
-        self._epoch = [list(row) for row in state_dict["epoch"]]
-        self._history = [list(row) for row in state_dict["history"]]
+        self._epochs = {epoch: list(sums) for epoch, sums in state_dict["epochs"].items()}
 
 
 def _products(before: _Before, after: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def test_the_monitor_knows_adam(tmp_path):
 def test_parameters_without_gradient_are_no_matter():
     net, monitor = nn.Linear(2, 2), LearnedOptimizerMonitor()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    trainer = SimpleNamespace(barebones=True)
+    trainer = SimpleNamespace(barebones=True, current_epoch=0)
     monitor.on_before_optimizer_step(trainer, net, optimizer)
     monitor.on_train_batch_end(trainer, net)
     assert monitor.state_dict()["tensors"] == {}
