@@ -179,8 +179,7 @@ def choose(name: str) -> None:
 def ship(name: str) -> None:
     """Put the weights into the package, with what made them on their card."""
     config = yaml.safe_load((HERE / "meta_train.yaml").read_text())
-    stage = "then" if "then" in config[name] else "first"
-    found = load_weights(RUNS / f"{name}_{stage}_{chosen(name)}.json")
+    found = load_weights(RUNS / f"{name}_{config[name]['ships']}_{chosen(name)}.json")
     card = {
         **found.card,
         "horizon": config[name]["horizon"],
