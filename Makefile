@@ -57,6 +57,7 @@ bench: $(READY)
 	$(RUN) benchmarks/reproducibility.py
 	$(RUN) benchmarks/seed_streams.py
 	$(RUN) benchmarks/ladder_capsule.py
+	$(RUN) benchmarks/learned_optimizer.py
 
 # write the compatibility matrix of the README and the cards from the results of the contract tests
 matrix: $(READY)

@@ -48,6 +48,10 @@ _EXPORTS = {
     "PoseGeneralizationCurve": "ladder_capsule",
     "PrimaryCapsules": "ladder_capsule",
     "PruningLayer": "ladder_capsule",
+    "LearnedOptimizer": "learned_optimizer",
+    "LearnedOptimizerMonitor": "learned_optimizer",
+    "MetaTraining": "learned_optimizer",
+    "TruncationSchedule": "learned_optimizer",
     "LITDistillation": "lit",
     "LITDistiller": "lit",
     "RobustGenerativeClassifier": "rog",
@@ -113,6 +117,10 @@ if TYPE_CHECKING:
     from lightning_methods.ladder_capsule import PoseGeneralizationCurve as PoseGeneralizationCurve
     from lightning_methods.ladder_capsule import PrimaryCapsules as PrimaryCapsules
     from lightning_methods.ladder_capsule import PruningLayer as PruningLayer
+    from lightning_methods.learned_optimizer import LearnedOptimizer as LearnedOptimizer
+    from lightning_methods.learned_optimizer import LearnedOptimizerMonitor as LearnedOptimizerMonitor
+    from lightning_methods.learned_optimizer import MetaTraining as MetaTraining
+    from lightning_methods.learned_optimizer import TruncationSchedule as TruncationSchedule
     from lightning_methods.lit import LITDistillation as LITDistillation
     from lightning_methods.lit import LITDistiller as LITDistiller
     from lightning_methods.models import Classifier as Classifier

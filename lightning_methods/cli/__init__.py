@@ -53,6 +53,9 @@ COMMANDS = {
     "compare": Command(
         "lightning_methods.cli.study:compare", "train your configuration with and without a callback: is it worth it?"
     ),
+    "compare-optimizers": Command(
+        "lightning_methods.cli.compare_optimizers:compare", "learned against tuned optimizers on your model and data"
+    ),
     "reproduce": Command("lightning_methods.cli.reproduce:run", "a paper's tables beside ours, cell by cell: enzymes"),
     "list": Command("lightning_methods.cli.cards:list_techniques", "the techniques, their classes and papers"),
     "card": Command(

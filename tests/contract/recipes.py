@@ -26,6 +26,7 @@ from lightning_methods.errors import UnsupportedTraining
 from lightning_methods.geometric_scattering import ScatteringExplorer
 from lightning_methods.importance_weighting import ImportanceWeighting, WeightEffectMonitor
 from lightning_methods.ladder_capsule import CapsuleMonitor
+from lightning_methods.learned_optimizer import LearnedOptimizerMonitor
 from lightning_methods.lit import LITDistillation
 from lightning_methods.reproducibility import SeedStreams
 from lightning_methods.reproducibility.seeding import Stream
@@ -52,6 +53,7 @@ from tests.contract.distillation import (
     made_teacher,
 )
 from tests.contract.graphs import GRAPHS, ScatteringByHand, ScatteringModule, TinyGraphModule, Unscattered
+from tests.contract.learned import LearnedModule, MetaModule, Unmoved
 from tests.support.training import ROWS, WIDTH, Samples, Settings, TinyModule
 
 Module = Callable[[Settings], Any]
@@ -539,5 +541,36 @@ RECIPES = [
         samples=IMAGES,
         inner=("backbone",),
         beside=("augmented-dropout-default",),
+    ),
+    Recipe(
+        "learned-optimizer",
+        "learned_optimizer",
+        "`LearnedOptimizer`",
+        module=LearnedModule,
+        reference=None,
+    ),
+    Recipe(
+        "learned-optimizer-monitor",
+        "learned_optimizer",
+        "`LearnedOptimizerMonitor`",
+        callbacks=lambda: [LearnedOptimizerMonitor()],
+        probe=True,
+        scalars=tuple(
+            f"learned_optimizer/{name}" for name in ("step_size", "relative_step", "learning_rate", "adam_cosine")
+        ),
+        figures=("learned_optimizer/curves",),
+        tables=("learned_optimizer/tensors",),
+    ),
+    Recipe(
+        "meta-training",
+        "learned_optimizer",
+        "`MetaTraining`",
+        module=MetaModule,
+        reference=None,
+        refused={"manual": UnsupportedTraining, "foreign": UnsupportedTraining},
+        scalars=("meta/loss", "meta/reparam_weight", "val/meta_loss"),
+        plain=Unmoved,
+        inner=(),
+        beside=("learned-optimizer-monitor",),
     ),
 ]

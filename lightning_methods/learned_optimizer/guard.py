@@ -1,0 +1,105 @@
+"""When a learned optimizer is not to be trusted: past its horizon, in large steps, and while the loss rises."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from lightning_methods.errors import InvalidArgument
+
+_FIRST = 10
+_FAST, _SLOW = 0.9, 0.99
+_LOST = 0.25
+_PATIENCE = 20
+_LEAST = 1 / 16
+
+
+@dataclass
+class Guard:
+    """Falls back towards Adam's step as the running loss says.
+
+    The running loss (decay 0.9) is compared with the lowest slow one (decay 0.99). Where a quarter of what was gained
+    since the start is lost again, trust is halved, at most every 20 steps; where the loss is above that of the start,
+    or no number, it is gone. Trust never comes back: what has diverged once diverges again.
+
+    Args:
+        lr: of the Adam step that is fallen back to.
+        step_limit: largest step of an element, times the learning rate.
+        trust: share of the learned step.
+
+    Example:
+        >>> guard = Guard()
+        >>> for loss in [2.0] * 10 + [1.0] * 200 + [1.6] * 10:
+        ...     guard.observe(loss)
+        >>> guard.trust
+        0.5
+    """
+
+    lr: float = 1e-3
+    step_limit: float = 0.1
+    trust: float = 1.0
+    seen: int = 0
+    start: float = 0.0
+    fast: float = 0.0
+    slow: float = 0.0
+    noise: float = 0.0
+    low: float = math.inf
+    rest: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.lr < math.inf and self.step_limit > 0):
+            raise InvalidArgument(f"lr={self.lr}, step_limit={self.step_limit}: positive numbers are needed.")
+
+    def observe(self, loss: float) -> None:
+        """Take notice of the loss of a step.
+
+        Args:
+            loss: before the step.
+        """
+        if not math.isfinite(loss):
+            self.trust = 0.0 if self.seen >= _FIRST else self.trust
+            return
+        if self.seen < _FIRST:
+            self.start += (loss - self.start) / (self.seen + 1)
+            self.noise += (abs(loss - self.start) - self.noise) / (self.seen + 1)
+            self.fast = self.slow = self.start
+        else:
+            self.fast += (1 - _FAST) * (loss - self.fast)
+            self.slow += (1 - _SLOW) * (loss - self.slow)
+            self.low = min(self.low, self.slow)
+            self._judge()
+            self.noise += (1 - _SLOW) * (abs(loss - self.fast) - self.noise)
+        self.seen += 1
+
+    def _judge(self) -> None:
+        self.rest = max(0, self.rest - 1)
+        spread = 3 * self.noise
+        if self.trust == 0 or self.rest:
+            return
+        if self.fast > self.start + max(spread, _LOST * abs(self.start)):
+            self.trust = 0.0
+        elif self.fast > self.low + max(_LOST * (self.start - self.low), spread):
+            self.trust = self.trust / 2 if self.trust / 2 >= _LEAST else 0.0
+            self.rest = _PATIENCE
+
+    def size(self, step: int, clock: int | None) -> float:
+        """Return the factor of a learned step: past the clock's end it falls with the root of time.
+
+        Args:
+            step: updates before this one.
+            clock: where time stands still.
+
+        Example:
+            >>> Guard().size(100, 200), Guard().size(800, 200)
+            (1.0, 0.5)
+        """
+        return 1.0 if not clock or step <= clock else math.sqrt(clock / step)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what it has seen, as plain numbers."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take up what was seen."""
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -1,0 +1,345 @@
+"""A learned optimizer as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_methods.errors import (
+    InvalidArgument,
+    LightningMethodsWarning,
+    NotFinite,
+    UnsupportedTraining,
+    check_choice,
+)
+from lightning_methods.learned_optimizer.factored import factored_step
+from lightning_methods.learned_optimizer.fast import CHUNK, SMALL, Engine, Entry, Settings, memory_order
+from lightning_methods.learned_optimizer.functional import DECAYS
+from lightning_methods.learned_optimizer.guard import Guard
+from lightning_methods.learned_optimizer.unrolled import small_fc_shapes
+from lightning_methods.learned_optimizer.weights import Weights, load_weights
+
+_NONFINITE = ("skip", "zero", "raise", "propagate")
+_LARGE = 1e15  # squares of larger numbers leave float32
+
+
+class LearnedOptimizer(Optimizer):
+    r"""An optimizer whose update rule was learned (Metz et al. 2019): a small network at every parameter.
+
+    .. math:: p \leftarrow p - \mathrm{lr} \cdot c_s\, d\, e^{c_e m}, \qquad (d, m) = \mathrm{MLP}(\mathrm{features})
+
+    Of normalised weights (`weights_card(name)` says so) the step of each tensor has the root mean square that a third
+    output chooses. There is no learning rate to tune; `lr` multiplies the step, so that schedulers work.
+
+    The guard, on by default, keeps it from diverging beyond what it was trained for: time stands still for the network
+    at the `clock` of the weights' card, and steps then fall with the root of time; no element moves by more than
+    `0.1 lr`; and where the running loss that the closure returns gives back a quarter of what was gained, half of
+    the step is replaced by Adam's (learning rate `guard_lr`), and so on until all is. Ranks decide by their mean loss.
+
+    Args:
+        params: parameters, or groups of them with `lr` and `weight_decay` of their own.
+        lr: factor of the step. Default 1.
+        weights: name of shipped weights (`available_weights()`), or the path of a file by `MetaTraining.export`.
+        weight_decay: decoupled: parameters shrink by `lr * weight_decay` before the step. With `lr=1` that is large at
+            the values usual for AdamW: its `lr * weight_decay` is the one to set.
+        max_grad_norm: gradients count as scaled to at most this norm, all together; they are not changed.
+        maximize: whether to go uphill.
+        nonfinite: what to do with gradients that are not finite: `"skip"` the step (counted in `skipped_steps`),
+            `"zero"` those elements, `"raise"`, or `"propagate"` them.
+        guard: see above.
+        guard_lr: learning rate of the Adam step that is fallen back to, times `lr`.
+        features, hidden_size, hidden_layers: what the weights must be, where that is to be checked.
+
+    Raises:
+        InvalidArgument: if an argument is out of range, or there are no such weights: those that exist are listed.
+        ShapeMismatch: if a file's numbers do not fit its architecture.
+        UnsupportedTraining: for complex, sparse and sharded parameters or gradients.
+
+    Example:
+        >>> net = torch.nn.Linear(4, 3)
+        >>> optimizer = LearnedOptimizer(net.parameters())
+        >>> net(torch.ones(2, 4)).square().mean().backward()
+        >>> optimizer.step()
+
+    Deviations from the paper: the guard; normalised steps; weights of small networks, from minutes on a CPU.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1.0,
+        weights: str | Path | Mapping[str, Any] | Weights = "lm-small",
+        *,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        nonfinite: Literal["skip", "zero", "raise", "propagate"] = "skip",
+        guard: bool = True,
+        guard_lr: float = 1e-3,
+        features: str | None = None,
+        hidden_size: int | None = None,
+        hidden_layers: int | None = None,
+    ) -> None:
+        check_choice("nonfinite", nonfinite, _NONFINITE)
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise InvalidArgument(f"max_grad_norm={max_grad_norm}: a positive number, or None, is needed.")
+        self.weights = load_weights(weights)
+        wanted = {"features": features, "hidden_size": hidden_size, "hidden_layers": hidden_layers}
+        for name, value in wanted.items():
+            own = getattr(self.weights.architecture, name)
+            if value is not None and value != own:
+                raise InvalidArgument(f"{name}={value!r}, but the weights {self.weights.name!r} have {name}={own!r}.")
+        self.nonfinite, self.max_grad_norm = nonfinite, max_grad_norm
+        self.guard = Guard(lr=guard_lr) if guard else None
+        self.skipped_steps = 0
+        self._engines: dict[tuple[torch.dtype, torch.device], Engine] = {}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; their time begins at zero.
+
+        Args:
+            param_group: `params`, and settings that differ.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "weight_decay"):
+            if not 0 <= float(group[name]) < float("inf"):
+                self.param_groups.pop()
+                raise InvalidArgument(f"{name}={group[name]}: a number that is not negative is needed.")
+        for p in group["params"]:
+            _check_parameter(p)
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: computes the loss and its gradients, and returns the loss, which the guard watches.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        entries = [self._entries(group) for group in self.param_groups]
+        norm = self._norm([e.gradient for group in entries for e in group])
+        if norm is not None and not norm < float("inf"):
+            if not self._admits(entries):
+                return loss
+            norm = self._norm([e.gradient for group in entries for e in group])
+        self._observe(loss)
+        factor = 1.0
+        if self.max_grad_norm is not None and norm is not None and norm > self.max_grad_norm:
+            factor = self.max_grad_norm / norm
+        for group, own in zip(self.param_groups, entries, strict=True):
+            if own:
+                self._step_group(group, own, -factor if group["maximize"] else factor)
+        return loss
+
+    def _entries(self, group: dict[str, Any]) -> list[Entry]:
+        entries = []
+        for p in group["params"]:
+            if p.grad is None or not p.numel():
+                continue
+            if p.grad.is_sparse or p.grad.layout != torch.strided:
+                raise UnsupportedTraining(
+                    "LearnedOptimizer does not support sparse gradients. Use nn.Embedding(sparse=False), or give those "
+                    "parameters to torch.optim.SparseAdam."
+                )
+            if p.grad.is_complex():
+                raise UnsupportedTraining(
+                    "LearnedOptimizer does not support complex gradients. Use torch.view_as_real."
+                )
+            entries.append(Entry(p, p.grad, self._state_of(p)))
+        return entries
+
+    def _state_of(self, p: Tensor) -> dict[str, Any]:
+        state = self.state[p]
+        if "step" not in state:
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.int64)
+            if self.weights.architecture.features == "small_fc":
+                for name, shape in small_fc_shapes(p.shape).items():
+                    state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
+            else:
+                # in the parameter's order of memory, so that both flatten without a copy
+                order = memory_order(p)
+                back = [0, *(order.index(i) + 1 for i in range(p.ndim))]
+                rows = torch.zeros(len(DECAYS), *(p.shape[i] for i in order), dtype=dtype, device=p.device)
+                state["momenta"] = rows.permute(back)
+        if self.guard is not None and self.guard.trust < 1 and "second_moment" not in state:
+            state["second_moment"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        return state
+
+    def _step_group(self, group: dict[str, Any], entries: list[Entry], factor: float) -> None:
+        lr = float(group["lr"])
+        if group["weight_decay"]:
+            torch._foreach_mul_([e.parameter for e in entries], 1 - lr * group["weight_decay"])
+        total = sum(e.parameter.numel() for e in entries)
+        together: dict[Any, list[Entry]] = {}
+        for entry in entries:
+            t = int(entry.state["step"])
+            entry.state["step"] += 1
+            p = entry.parameter
+            engine = self._engine(p)
+            if engine.architecture.features == "small_fc":
+                factored_step(engine, entry, self._settings(t, lr, factor))
+            elif p.numel() >= SMALL or not _is_plain(entry):
+                engine.large(entry, self._settings(t, lr, factor), total)
+            else:
+                together.setdefault((p.dtype, p.device, entry.gradient.dtype, t), []).append(entry)
+        for (*_, t), own in together.items():
+            for batch in _batches(own, CHUNK):
+                self._engine(batch[0].parameter).small(batch, self._settings(t, lr, factor))
+
+    def _settings(self, t: int, lr: float, factor: float) -> Settings:
+        if self.guard is None:
+            return Settings(t, lr, factor)
+        clock = self.weights.clock
+        time = t if not clock else min(t, clock)
+        size, limit = self.guard.size(t, clock), self.guard.step_limit
+        return Settings(time, lr * size, factor, self.guard.trust, self.guard.lr * lr * size, limit * lr)
+
+    def _engine(self, p: Tensor) -> Engine:
+        key = (torch.promote_types(p.dtype, torch.float32), p.device)
+        if key not in self._engines:
+            self._engines[key] = Engine(self.weights.architecture, self.weights.theta, *key)
+        return self._engines[key]
+
+    # -- gradients that are not finite, and the running loss -----------------------------------------------------------
+
+    def _norm(self, gradients: list[Tensor]) -> float | None:
+        """Return the norm of all gradients, or None where nobody asks."""
+        if not gradients or (self.nonfinite == "propagate" and self.max_grad_norm is None):
+            return None
+        norms = torch._foreach_norm(gradients)
+        largest = torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).norm()
+        if bool(largest < _LARGE):
+            return float(largest)
+        squares = [g.double().square().sum().to(norms[0].device) for g in gradients]
+        return float(torch.stack(squares).sum().sqrt())
+
+    def _admits(self, entries: list[list[Entry]]) -> bool:
+        """Tell whether to go on with gradients of which some are not finite."""
+        if self.nonfinite == "raise":
+            raise UnsupportedTraining(
+                "A gradient is not finite. Lower the learning rate of what produced it, clip, or set nonfinite='skip'."
+            )
+        if self.nonfinite == "skip":
+            if not self.skipped_steps:
+                warnings.warn(
+                    "LearnedOptimizer skips steps with gradients that are not finite; skipped_steps counts them. "
+                    "This is said once.",
+                    NotFinite,
+                )
+            self.skipped_steps += 1
+            return False
+        if self.nonfinite == "zero":
+            for group in entries:
+                for i, e in enumerate(group):
+                    group[i] = e._replace(gradient=e.gradient.nan_to_num(0.0, 0.0, 0.0))
+        return True
+
+    def _observe(self, loss: Any) -> None:
+        if self.guard is None or loss is None:
+            return
+        value = torch.as_tensor(loss).detach().double()
+        if value.numel() != 1:
+            return
+        value = value.reshape(())
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # in the device's own precision: not every backend has float64
+            shared = value.to(torch.as_tensor(loss).device, torch.float32)
+            dist.all_reduce(shared)
+            value = shared / dist.get_world_size()
+        self.guard.observe(float(value))
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, with the fingerprint of the weights and what the guard has seen."""
+        return super().state_dict() | {
+            "learned_optimizer": {
+                "weights": self.weights.name,
+                "fingerprint": self.weights.fingerprint,
+                "skipped_steps": self.skipped_steps,
+                "guard": None if self.guard is None else self.guard.state_dict(),
+            }
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state, in the precision it was saved in.
+
+        Args:
+            state_dict: by `state_dict`.
+
+        Raises:
+            InvalidArgument: if it is another optimizer's.
+        """
+        own = state_dict.get("learned_optimizer")
+        if own is None:
+            raise InvalidArgument("This is the state of another optimizer: there is no 'learned_optimizer' in it.")
+        if own["fingerprint"] != self.weights.fingerprint:
+            warnings.warn(
+                f"The state was saved with the weights {own['weights']!r} and is taken up with {self.weights.name!r}, "
+                "which differ. Give LearnedOptimizer the former to go on as before.",
+                LightningMethodsWarning,
+            )
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "learned_optimizer"})
+        # torch casts the state to the type of the parameters, which is too coarse for bf16
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, p in zip(saved, params, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                where = "cpu" if name == "step" else p.device
+                self.state[p][name] = value.detach().clone().to(where)
+        self.skipped_steps = own["skipped_steps"]
+        if self.guard is not None and own["guard"] is not None:
+            self.guard.load_state_dict(own["guard"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("weights", "nonfinite", "max_grad_norm", "guard", "skipped_steps")
+        return super().__getstate__() | {name: getattr(self, name) for name in names} | {"_engines": {}}
+
+
+def _is_plain(entry: Entry) -> bool:
+    """Tell whether a tensor and its state flatten without a copy."""
+    return entry.parameter.is_contiguous() and entry.state["momenta"].is_contiguous()
+
+
+def _batches(entries: Iterable[Entry], most: int) -> Iterable[list[Entry]]:
+    """Yield lists of tensors of at most `most` elements together."""
+    batch: list[Entry] = []
+    count = 0
+    for entry in entries:
+        if batch and count + entry.parameter.numel() > most:
+            yield batch
+            batch, count = [], 0
+        batch.append(entry)
+        count += entry.parameter.numel()
+    if batch:
+        yield batch
+
+
+def _check_parameter(p: Tensor) -> None:
+    if p.is_complex():
+        raise UnsupportedTraining("LearnedOptimizer does not support complex parameters. Use torch.view_as_real.")
+    if not p.is_floating_point():
+        raise UnsupportedTraining(f"LearnedOptimizer trains floating point parameters; one is {p.dtype}.")
+    if p.layout != torch.strided:
+        raise UnsupportedTraining("LearnedOptimizer does not support sparse parameters. Use dense ones.")
+    if hasattr(p, "device_mesh") or hasattr(p, "_is_flat_param"):
+        raise UnsupportedTraining(
+            "A parameter is sharded (FSDP or tensor parallel); its inputs are normalised over the whole tensor, of "
+            "which this process has a part. Use DDP, or another optimizer."
+        )
