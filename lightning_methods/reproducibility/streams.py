@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from lightning_methods.reproducibility.loading import Place, owned_generator, st
 from lightning_methods.reproducibility.numerical import KINDS, Kind, disturb
 from lightning_methods.reproducibility.seeding import SOURCES, GlobalGenerators, Stream, check_seed, seed_all
 
+_GLOBAL_SEED = "PL_GLOBAL_SEED"
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 # light fingerprints look at the generators in so many batches of each epoch
 _LOOKS = 16
@@ -128,6 +130,7 @@ class SeedStreams(Callback):
         self._training: GlobalGenerators | None = None
         self._outside: GlobalGenerators | None = None
         self._threads = 0
+        self._global_seed: str | None = None
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -147,6 +150,8 @@ class SeedStreams(Callback):
             InvalidArgument: for another source; the others are seeded within the run.
         """
         check_choice("source", source, ("init", "split"))
+        if source == "split":  # DDP seeds every generator again by this variable, just before the data are set up
+            self._global_seed = os.environ.pop(_GLOBAL_SEED, self._global_seed)
         key = self.streams[source].enter()
         torch.manual_seed(key)  # also of devices that are not in use yet
 
@@ -270,6 +275,9 @@ class SeedStreams(Callback):
         while self._undo:
             self._undo.pop()()
         self._training = None
+        if self._global_seed is not None:
+            os.environ.setdefault(_GLOBAL_SEED, self._global_seed)
+            self._global_seed = None
         if self._outside is not None:
             self._outside.restore()
             torch.set_num_threads(self._threads)

@@ -11,6 +11,7 @@ from lightning_methods.reproducibility.analysis import Analysis
 from lightning_methods.reproducibility.report import findings, runs_table
 from lightning_methods.reproducibility.settings import Settings
 
+# its service may run in another folder, so that paths are absolute;
 # a tracked run is over before it is sent: there is no machine to watch and no console to keep, and asking for the
 # requirements takes ten times as long as all else
 _QUIET = {
@@ -35,7 +36,7 @@ def track_study(analysis: Analysis, settings: Settings, files: Sequence[Path]) -
         MissingDependency: without wandb.
     """
     wandb: Any = require("wandb", extra="wandb", why="Tracking a study")
-    given: Mapping[str, Any] = {"project": "studies", "dir": str(settings.path), **(settings.wandb or {})}
+    given: Mapping[str, Any] = {"project": "studies", "dir": str(settings.path.resolve()), **(settings.wandb or {})}
     quiet = wandb.Settings(**{k: v for k, v in _QUIET.items() if k in wandb.Settings.model_fields})
     common = {"settings": quiet, "group": settings.name, "reinit": "finish_previous", "resume": "allow", **given}
     sent: set[str] = set()

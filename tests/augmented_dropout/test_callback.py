@@ -521,6 +521,7 @@ def test_dropouts_in_step_of_nobody(tmp_path):
     assert type(module.net.drop) is nn.Dropout
 
 
+@pytest.mark.slow
 def test_ranks_draw_different_masks_and_stay_together(tmp_path):
     ranks = run_ranks("tests.augmented_dropout.jobs:seeded", 2, tmp_path)
     assert all(torch.equal(ranks[0]["module"][key], ranks[1]["module"][key]) for key in ranks[0]["module"])

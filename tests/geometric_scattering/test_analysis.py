@@ -85,6 +85,7 @@ def test_each_machine_is_tuned_as_by_hand(clusters):
     assert found.mean == pytest.approx(found.accuracies.mean())
 
 
+@pytest.mark.slow
 def test_fit_predict_and_protocols(clusters):
     x, y = clusters
     svm = ScatteringSVM(models=3, gammas=(0.1,), costs=(1.0, 10.0)).fit(x[:60], y[:60])

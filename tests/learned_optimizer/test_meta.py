@@ -129,6 +129,7 @@ def test_variances(variance, tmp_path):
     assert not torch.equal(one.theta, one.architecture.initial(generator_of(0, "theta")))
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_the_same_pairs(tmp_path):
     ranks = run_ranks("tests.learned_optimizer.jobs:distributed", 2, tmp_path)
     alone = jobs.trained(4)
@@ -240,13 +241,13 @@ def test_what_cannot_be_a_task_or_a_meta_training():
 
 
 def test_variance_explodes_with_the_unroll_and_smoothing_smooths():
-    task, rule = made_task(batch_size=8), showing.chaotic("metz19", factor=40.0)
+    task, rule = made_task(batch_size=8), showing.chaotic("metz19", factor=20.0)
     rows = showing.estimator_variances(task, *rule, [2, 30], pairs=4)
     assert [row.steps for row in rows] == [2, 30]
     assert rows[0].reparam < rows[0].es
-    assert rows[1].reparam / rows[1].es > 10 * rows[0].reparam / rows[0].es
+    assert rows[1].reparam / rows[1].es > 5 * rows[0].reparam / rows[0].es
     offsets = torch.linspace(-0.1, 0.1, 21)
-    raw, smoothed = showing.loss_slice(task, *rule, 20, offsets, samples=8)
+    raw, smoothed = showing.loss_slice(task, *rule, 40, offsets, samples=8)
     rough = [float((x[2:] - 2 * x[1:-1] + x[:-2]).abs().mean()) for x in (raw, smoothed)]
     assert rough[1] < rough[0]
     assert len(showing.variance_figure(rows).axes[0].lines) >= 2

@@ -17,6 +17,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return run_ranks("tests.lit.jobs:distributed", 2, tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("case", jobs.CASES)
 def test_two_processes_equal_one(case, ranks, tmp_path):

@@ -14,7 +14,9 @@ from tests.support.processes import run_ranks
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return run_ranks("tests.reproducibility.jobs:distributed", 2, tmp_path_factory.mktemp("ranks"))
+    # LightningCLI leaves a seed, by which DDP seeds everything again; the streams are not to notice
+    variables = {"PL_GLOBAL_SEED": "3"}
+    return run_ranks("tests.reproducibility.jobs:distributed", 2, tmp_path_factory.mktemp("ranks"), **variables)
 
 
 def _changed(rank: Any, one: str, other: str) -> set[str]:

@@ -91,6 +91,7 @@ def bounded_together() -> dict[str, Any]:
     return bounded(together=True)
 
 
+@pytest.mark.slow
 def test_two_processes_fit_to_the_same_samples_as_one(tmp_path: Path) -> None:
     alone = bounded()
     assert len(alone["index"]) == 27
