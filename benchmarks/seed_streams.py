@@ -1,4 +1,4 @@
-"""What SeedStreams takes of a training step.
+"""What SeedStreams adds to a training step.
 
     python benchmarks/seed_streams.py
     python benchmarks/seed_streams.py --device cuda --markdown benchmarks/results/seed_streams_cuda.md
@@ -14,8 +14,10 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise, repeat
 from typing import Any
 
 import lightning.pytorch as pl
@@ -51,25 +53,41 @@ class Watched(SeedStreams):
         self.spent.append(1e6 * (self._now + time.perf_counter() - start))
         self._now = 0.0
 
-    def _step(self, trainer: Any, kind: str, original: Callable[..., Any], *args: Any) -> Any:
-        def timed(*given: Any) -> Any:
-            begin = time.perf_counter()
-            result = original(*given)
-            self._now -= time.perf_counter() - begin
-            return result
-
+    def _training_step(self, trainer: Any, original: Callable[..., Any], *args: Any) -> Any:
         start = time.perf_counter()
-        result = super()._step(trainer, kind, timed, *args)
+        result = super()._training_step(trainer, partial(self.others, original), *args)
         self._now += time.perf_counter() - start
         return result
 
-    def draw(self, batches: Any, drawn: Callable[[Any], Any]) -> Any:
-        """Time the drawing of one batch's indices."""
+    def others(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Do what would be done without it as well, untimed: the step, the sampler's drawing."""
         start = time.perf_counter()
         try:
-            return drawn(batches)
+            return work(*args)
         finally:
-            self._now += time.perf_counter() - start
+            self._now -= time.perf_counter() - start
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Time the drawing of indices too."""
+        begin, drawn = loading._Batches._begin, loading._Batches.__next__
+
+        def untimed(batches: Any) -> None:
+            begin(batches)
+            batches.indices = map(self.others, repeat(batches.indices.__next__))
+
+        def timed(batches: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return drawn(batches)
+            finally:
+                self._now += time.perf_counter() - start
+
+        loading._Batches._begin, loading._Batches.__next__ = untimed, timed  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            loading._Batches._begin, loading._Batches.__next__ = begin, drawn  # type: ignore[method-assign]
 
 
 class Steps(pl.Callback):
@@ -112,10 +130,8 @@ def steps(network: Any, shape: tuple[int, ...], count: int, device: str) -> tupl
     light = 0.0
     for form in ("off", "light", "full"):
         streams = Watched(fingerprint=form)
-        drawn = loading._Batches.__next__
-        loading._Batches.__next__ = lambda batches, s=streams, d=drawn: s.draw(batches, d)  # type: ignore[method-assign]
-        fit(network, data, [streams], device)
-        loading._Batches.__next__ = drawn  # type: ignore[method-assign]
+        with streams.watching():
+            fit(network, data, [streams], device)
         low, median, high = statistics.quantiles(streams.spent[5:], n=4)
         table.rows.append([form, f"{median:.0f}", f"{high - low:.0f}", f"{median / plain:.4f}"])
         light = median if form == "light" else light

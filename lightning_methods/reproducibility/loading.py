@@ -125,8 +125,11 @@ class _Batches:
 def _raw(drawn: Any) -> bytes:
     if isinstance(drawn, torch.Tensor):
         drawn = drawn.tolist()
-    if isinstance(drawn, list) and all(type(i) is int for i in drawn):
-        return array("q", drawn).tobytes()
+    if isinstance(drawn, list):
+        try:
+            return array("q", drawn).tobytes()
+        except (TypeError, OverflowError):  # indices of another kind
+            pass
     return repr(drawn).encode()
 
 

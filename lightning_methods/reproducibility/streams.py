@@ -27,7 +27,7 @@ from lightning_methods.reproducibility.numerical import KINDS, Kind, disturb
 from lightning_methods.reproducibility.seeding import SOURCES, GlobalGenerators, Stream, check_seed, seed_all
 
 _GLOBAL_SEED = "PL_GLOBAL_SEED"
-_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+_EVALUATION_STEPS = ("validation_step", "test_step", "predict_step")
 # light fingerprints look at the generators in so many batches of each epoch
 _LOOKS = 16
 _STAGES = ("train", "sanity_check", "validate", "test", "predict")
@@ -122,8 +122,7 @@ class SeedStreams(Callback):
         self._loaders: dict[str, int] = {}
         self._batch = 0
         self._calls = 0
-        self._place: Place = ()
-        self._keys: Callable[[int], int] = self.streams["dropout"].key
+        self._keys: Callable[[int], int] | None = None
         self._foreign = False
         self._begun = False
         self._ordered = ""
@@ -164,11 +163,12 @@ class SeedStreams(Callback):
         self._detach()
         self._outside, self._threads = GlobalGenerators(), torch.get_num_threads()
         self._passes, self._loaders, self._foreign, self._begun = {}, {}, False, False
-        self._place = ()
+        self._keys = None
         self._fixed.pop("final", None)
         strategy = trainer.strategy
-        for name in _STEPS:
-            self._wrap(strategy, name, partial(self._step, trainer, name.partition("_")[0]))
+        self._wrap(strategy, "training_step", partial(self._training_step, trainer))
+        for name in _EVALUATION_STEPS:
+            self._wrap(strategy, name, partial(self._evaluation_step, trainer))
         self._wrap(strategy, "process_dataloader", partial(self._loader, trainer))
         self.streams["init"].enter(1)
 
@@ -184,10 +184,12 @@ class SeedStreams(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Seed the first batch of iterables, which is not that of an epoch when resuming within one."""
+        self._keys = None
         self._augment(trainer, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Number loaders and passes from the first again."""
+        self._keys = None
         self._loaders.pop("train", None)
         if self._begun:
             # of new loaders, Lightning has begun a pass already and drops it, though its workers were given indices
@@ -283,9 +285,7 @@ class SeedStreams(Callback):
             torch.set_num_threads(self._threads)
             self._outside = None
 
-    def _step(self, trainer: Any, kind: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if kind == "training":
-            return self._training_step(trainer, original, *args, **kwargs)
+    def _evaluation_step(self, trainer: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         stage = trainer.state.stage.value
         self.streams["evaluation"].enter(rank(), *self._evaluated(trainer, stage), self._calls)
         self._calls += 1
@@ -295,14 +295,14 @@ class SeedStreams(Callback):
         return result
 
     def _training_step(self, trainer: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        epoch, calls = _epoch(trainer), self._calls
-        if self._place != (epoch, calls):
-            self._place, self._keys = (epoch, calls), self.streams["dropout"].within(rank(), epoch, calls)
+        keys, calls = self._keys, self._calls
+        if keys is None or calls:
+            keys = self.streams["dropout"].within(rank(), _epoch(trainer), calls)
+            self._keys = None if calls else keys
         looks = self.fingerprint == "full" or (self.fingerprint == "light" and self._batch < _LOOKS)
         if looks and calls == 0:
             self._chain("augment").add(generator_state())
-        key = self._keys(self._batch)
-        seed_all(key)
+        seed_all(keys(self._batch))
         self._calls += 1
         result = original(*args, **kwargs)
         if looks:

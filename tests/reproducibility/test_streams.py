@@ -21,7 +21,7 @@ from torch.utils.data import (
 
 from lightning_methods import SeedStreams
 from lightning_methods.errors import InvalidArgument, LightningMethodsWarning, UnsupportedTraining
-from lightning_methods.reproducibility.seeding import Stream
+from lightning_methods.reproducibility.seeding import Stream, seed_all
 from tests.reproducibility.training import BATCH, EPOCHS, SIZE, Net, Noisy, Run, Split, changed
 
 RESULT = {"final"}
@@ -453,6 +453,22 @@ def test_a_module_without_weights_cannot_be_moved():
 def test_fingerprints_can_be_left_out(tmp_path):
     assert Run(tmp_path, {"fingerprint": "off"}).found == {}
     assert "batches" not in Run(tmp_path, {"fingerprint": "light"}).found
+
+
+@pytest.mark.parametrize("key", [0, 2**32 - 1, 2**63 - 1])
+def test_a_key_seeds_what_the_libraries_own_functions_would(key):
+    def draws():
+        # normal numbers come in pairs, of which one waits for the next call
+        return np.random.randn(3).tolist(), random.gauss(0, 1), random.random(), torch.rand(3).tolist()  # noqa: NPY002
+
+    np.random.randn()  # noqa: NPY002
+    random.gauss(0, 1)
+    seed_all(key)
+    ours = draws()
+    np.random.seed(key % 2**32)  # noqa: NPY002
+    random.seed(key)
+    torch.manual_seed(key)
+    assert draws() == ours
 
 
 def test_keys_are_hashes_of_the_place():
