@@ -109,7 +109,7 @@ def seed_torch(key: int) -> None:
 # costs 5 microseconds more.
 _seed_numpy: Callable[[int], None] = np.random.rand.__self__.seed  # type: ignore[attr-defined]
 _PYTHON: Any = random.seed.__self__  # type: ignore[attr-defined]
-_seed_python = random.Random.__base__.seed  # type: ignore[union-attr,attr-defined]
+_seed_python = random.Random.__base__.seed  # type: ignore[union-attr]
 _HAS_MPS = torch.backends.mps.is_available()
 
 
