@@ -260,6 +260,12 @@ def scattering_coefficients(
     return scatter(x, paths, lambda u: _bank(step, u, J, include_finest, include_lowpass))
 
 
+def fixed_signals(P: Tensor, x: Tensor) -> Tensor:
+    """Return which signals a step of the walk leaves as they are but for rounding, `(n, F)` to `(F,)`."""
+    change = (P @ x - x).abs()
+    return (change <= 16 * torch.finfo(x.dtype).eps * x.abs()).all(0)
+
+
 def scatter(x: Tensor, paths: list[Path], bank: Callable[[Tensor], Iterator[tuple[int, Tensor]]]) -> Tensor:
     """Return the coefficients of all paths, from a function that yields the scales of a filter bank one by one.
 

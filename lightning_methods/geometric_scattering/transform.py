@@ -17,6 +17,7 @@ from lightning_methods.errors import BatchFormat, InvalidArgument, LightningMeth
 from lightning_methods.geometric_scattering.functional import (
     Isolated,
     Normalization,
+    fixed_signals,
     lazy_matrix,
     scattering_coefficients,
     scattering_paths,
@@ -150,7 +151,19 @@ class GeometricScattering(GraphTransform):
         """Return the features `(B, F')` of a graph or of a batch of graphs."""
         nodes, batch, graphs = _nodes_of(data)
         P, signals = self._walk_and_signals(data, nodes, batch)
-        width = max(1, _ELEMENTS // max(1, nodes * len(self.paths)))
+        still = fixed_signals(P, signals)
+        if self.filters["include_lowpass"] or not bool(still.any()):
+            return self._moments(P, signals, batch, graphs)
+        # of what the walk leaves as it is, as it does the degree, every wavelet coefficient is 0
+        shape = (graphs, signals.shape[1], len(self.paths), self.moments["Q"])
+        found = scattering_moments(signals.new_zeros(1, 1, 1), **self.moments).expand(shape).clone()
+        found[:, ~still] = self._moments(P, signals[:, ~still], batch, graphs).reshape(graphs, -1, *shape[2:])
+        own = scattering_moments(signals[:, None, still], batch, graphs, **self.moments)
+        found[:, still, 0] = own.reshape(graphs, -1, shape[3])
+        return found.flatten(1).to(self.walk["dtype"])
+
+    def _moments(self, P: Tensor, signals: Tensor, batch: Tensor, graphs: int) -> Tensor:
+        width = max(1, _ELEMENTS // max(1, len(signals) * len(self.paths)))
         parts = [
             scattering_moments(scattering_coefficients(P, some, **self.filters), batch, graphs, **self.moments)
             for some in signals.split(width, 1)

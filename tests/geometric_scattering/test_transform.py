@@ -19,6 +19,9 @@ from lightning_methods.geometric_scattering import (
     clustering_coefficient,
     degree,
     eccentricity,
+    lazy_random_walk,
+    scattering_coefficients,
+    scattering_moments,
 )
 from tests.geometric_scattering import oracle
 from tests.geometric_scattering.oracle import complete, path_graph, random_graph, star, undirected
@@ -92,6 +95,23 @@ def test_signals_side_by_side():
     batch = ClusteringCoefficient(cat=False)(Batch.from_data_list(graphs()))
     alone = torch.cat([ClusteringCoefficient(cat=False)(g).x for g in graphs()])
     assert torch.equal(batch.x, alone)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"include_lowpass": True}, {"include_finest": True, "order": 1, "Q": 3}])
+def test_signals_that_the_walk_leaves_as_they_are_have_the_features_of_the_definition(normalized, settings):
+    # the degree is one for the column walk, a constant for the row walk; beside others and by themselves
+    batch = Batch.from_data_list([graph for graph in graphs() if graph.num_edges])
+    constant = torch.full((batch.num_nodes, 1), 3.0)
+    for walk, still in (("column", degree(batch.edge_index, batch.num_nodes)[:, None]), ("row", constant)):
+        for x in (torch.cat([batch.x, still, batch.x[:, :1]], 1), still, torch.zeros_like(still)):
+            transform = GeometricScattering(normalized=normalized, normalization=walk, isolated="stay", **settings)
+            batch_of_x = Batch.from_data_list([graph for graph in graphs() if graph.num_edges])
+            batch_of_x.x = x
+            P = lazy_random_walk(batch.edge_index, num_nodes=batch.num_nodes, normalization=walk, isolated="stay")
+            coefficients = scattering_coefficients(P, x, **transform.filters)
+            expected = scattering_moments(coefficients, batch.batch, **transform.moments)
+            torch.testing.assert_close(transform.features(batch_of_x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_one_dimensional_and_integer_features():
