@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,6 +23,7 @@ from lightning_methods.errors import (
     ShapeMismatch,
     UnsupportedTraining,
 )
+from tests.support.drawing import leave_undrawn
 from tests.support.training import (
     At,
     ResumableLoader,
@@ -31,7 +31,6 @@ from tests.support.training import (
     TinyModule,
     assert_identical,
     fit,
-    leave_undrawn,
     loader,
     made_data,
     pl,
@@ -46,7 +45,7 @@ STEPS = 5
 @pytest.fixture(autouse=True)
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("drawn") is None:
-        monkeypatch.setattr(Figure, "savefig", leave_undrawn)
+        leave_undrawn(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 
 from tests.contract.recipes import RECIPES, Recipe
 from tests.contract.training import Run, train
-from tests.support.training import leave_undrawn
+from tests.support.drawing import leave_undrawn
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -23,7 +22,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write empty files in place of figures, unless a test is marked `drawn`."""
     if request.node.get_closest_marker("drawn") is None:
-        monkeypatch.setattr(Figure, "savefig", leave_undrawn)
+        leave_undrawn(monkeypatch.setattr)
 
 
 @pytest.fixture

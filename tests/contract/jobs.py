@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from matplotlib.figure import Figure
 
 from lightning_methods.errors import LightningMethodsError
 from tests.contract.recipes import RECIPES, Recipe
 from tests.contract.training import train
-from tests.support.training import BATCH, Samples, Settings, leave_undrawn, loader
+from tests.support.drawing import leave_undrawn
+from tests.support.training import BATCH, Samples, Settings, loader
 
 RANKS = 2
 # joined batches of 16, 16 and 16 rows, or the last one of 8 + 4
@@ -44,7 +44,7 @@ def shown_by(run: Any) -> dict[str, float]:
 
 
 def _outcome(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    Figure.savefig = leave_undrawn
+    leave_undrawn()
     try:
         return job()
     except LightningMethodsError as error:  # raised again, where the recipe expects it

@@ -27,9 +27,8 @@ def test_what_should_have_an_effect_has_one(recipe, tmp_path):
 
 
 @pytest.mark.case("accumulate")
-@pytest.mark.parametrize("batches", [2, 3])
-def test_accumulated_gradients(runs, assert_equal, batches):
-    assert_equal(*runs(settings=NOISY, accumulate_grad_batches=batches))
+def test_accumulated_gradients(runs, assert_equal):
+    assert_equal(*runs(settings=NOISY, accumulate_grad_batches=3))  # of 5 batches: the last step has two
 
 
 @pytest.mark.case("precision")
@@ -77,12 +76,11 @@ def test_manual_optimisation(runs, assert_equal):
 
 
 @pytest.mark.case("averaging")
-@pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize(
-    "averaging",
+    ("place", "averaging"),
     [
-        lambda: [StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)],
-        lambda: [EMAWeightAveraging(decay=0.9)],
+        ("before", lambda: [StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)]),
+        ("after", lambda: [EMAWeightAveraging(decay=0.9)]),
     ],
     ids=["swa", "ema"],
 )
@@ -95,15 +93,12 @@ def test_weight_averaging_beside_it(runs, assert_equal, averaging, place):
     "mode",
     [
         {"fast_dev_run": True},
-        {"fast_dev_run": 3},
+        {"fast_dev_run": 3, "detect_anomaly": True},
         {"barebones": True},
-        {"overfit_batches": 2},
+        {"overfit_batches": 2, "inference_mode": False},
         {"limit_train_batches": 0},
         {"limit_train_batches": 0.5, "limit_val_batches": 0},
-        {"logger": False, "num_sanity_val_steps": 0},
-        {"max_steps": 3},
-        {"detect_anomaly": True},
-        {"inference_mode": False},
+        {"max_steps": 3, "logger": False, "num_sanity_val_steps": 0},
     ],
     ids=lambda mode: ",".join(f"{k}={v}" for k, v in mode.items()),
 )

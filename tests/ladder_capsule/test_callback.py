@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_methods import CapsuleMonitor, Classifier
@@ -15,7 +14,8 @@ from lightning_methods.errors import InvalidArgument, UnsupportedTraining
 from lightning_methods.ladder_capsule.drawing import entropy
 from lightning_methods.models import MLP
 from tests.ladder_capsule.conftest import capsnet, ladder
-from tests.support.training import leave_undrawn, quiet_trainer
+from tests.support.drawing import leave_undrawn
+from tests.support.training import quiet_trainer
 
 
 def train(module: LightningModule, monitor: CapsuleMonitor, folder: Path, batch, **settings) -> None:
@@ -24,7 +24,7 @@ def train(module: LightningModule, monitor: CapsuleMonitor, folder: Path, batch,
 
 
 def test_health_by_hand(tmp_path: Path, batch, monkeypatch) -> None:
-    monkeypatch.setattr(Figure, "savefig", leave_undrawn)
+    leave_undrawn(monkeypatch.setattr)
     module, monitor = ladder(), CapsuleMonitor(limit=3, dead_below=0.05)
     train(module, monitor, tmp_path, batch, max_epochs=2)
     out = module(batch[0])

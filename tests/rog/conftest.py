@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from matplotlib.figure import Figure
 
-from tests.support.training import leave_undrawn
+from tests.support.drawing import leave_undrawn
 
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write empty files in place of figures."""
-    monkeypatch.setattr(Figure, "savefig", leave_undrawn)
+    leave_undrawn(monkeypatch.setattr)

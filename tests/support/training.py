@@ -184,11 +184,6 @@ class At(pl.Callback):
             self.action(trainer, pl_module)
 
 
-def leave_undrawn(figure: Any, path: Path | str, **_: Any) -> None:
-    """Stand in for `Figure.savefig` where nobody looks at the figure: drawing takes longer than the training."""
-    Path(path).touch()
-
-
 def largest_difference(a: nn.Module, b: nn.Module) -> float:
     """Return the largest difference of a parameter or buffer, relative to the largest magnitude (at least 1)."""
     left, right = a.state_dict(), b.state_dict()
