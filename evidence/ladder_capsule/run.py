@@ -23,6 +23,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from lightning_methods import (
     CapsuleNetwork,
@@ -64,7 +65,7 @@ class Size:
 
 
 SIZES = {
-    "reduced": Size(2, 5, 1, 24, 8, 8, 16, (12, 24, 36), 32, 1250, 400, 25, 10, 1e-3, 3),
+    "reduced": Size(2, 5, 1, 24, 8, 8, 16, (12, 24, 36), 32, 5000, 1000, 50, 20, 1e-3, 3),
     "official": Size(1, 9, 2, 256, 32, 16, 70, (128, 256, 384), 64, None, None, 200, 30, 2e-3, 3),
 }
 
@@ -104,19 +105,24 @@ class CNN(nn.Module):
 
 
 def networks(size: Size) -> dict[str, Callable[[], pl.LightningModule]]:
-    usual: dict[str, Any] = {"types": size.types, "pose_dim": size.pose_dim, "lr": size.lr}
-    usual |= {"kernel_size": size.kernel, "stride": size.stride}
-    ladder: dict[str, Any] = {"k": size.k, "hidden": size.hidden, "rank": size.rank, **usual}
+    """Return how each network is made; all are optimised alike."""
 
     def adam(weights: Any) -> torch.optim.Optimizer:
         return torch.optim.Adam(weights, lr=size.lr)
+
+    def cosine(optimizer: torch.optim.Optimizer) -> LRScheduler:
+        return CosineAnnealingLR(optimizer, size.epochs)
+
+    usual: dict[str, Any] = {"types": size.types, "pose_dim": size.pose_dim, "optimizer": adam, "scheduler": cosine}
+    usual |= {"kernel_size": size.kernel, "stride": size.stride}
+    ladder: dict[str, Any] = {"k": size.k, "hidden": size.hidden, "rank": size.rank, **usual}
 
     def made(**settings: Any) -> Callable[[], pl.LightningModule]:
         return lambda: LadderCapsuleNetwork(backbone(size), **{**ladder, **settings})
 
     return {
-        "CNN": lambda: Classifier(CNN(size, made(hyper="shared")()), adam),
-        "CNN, large": lambda: Classifier(CNN(size, made()()), adam),
+        "CNN": lambda: Classifier(CNN(size, made(hyper="shared")()), adam, cosine),
+        "CNN, large": lambda: Classifier(CNN(size, made()()), adam, cosine),
         "CapsNet": lambda: CapsuleNetwork(backbone(size), reconstruction=False, **usual),
         "L-CapsNet, shared trunk": made(hyper="shared"),
         "L-CapsNet": made(),

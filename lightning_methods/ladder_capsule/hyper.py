@@ -5,20 +5,61 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 MapInit = Literal["xavier", "unit"]
+LARGE = 2**25  # bytes; smaller blocks are used again by the C library
+
+
+class Mixture(NamedTuple):
+    r"""Maps that are mixtures of others, and are never laid out.
+
+    .. math:: W = \sum_r a_r U_r + U_0, \qquad W^\top v = \sum_r a_r (U_r^\top v) + U_0^\top v, \qquad
+        W d = \sum_r U_r (a_r d) + U_0 d
+
+    take as many multiplications as W itself would, and no memory for it.
+
+    Shapes:
+        weights `(C, B, R)`; basis `(G, k * d, R * D)` and offset `(G, k * d, D)`, with G = C, or 1 for the same basis
+        of all classes; capsule `(k, d)`.
+    """
+
+    weights: Tensor
+    basis: Tensor
+    offset: Tensor
+    capsule: tuple[int, int]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(C, B, k, d, D)."""
+        return torch.Size((*self.weights.shape[:2], *self.capsule, self.offset.shape[2]))
+
+    def summed(self, votes: Tensor) -> Tensor:
+        """Return the poses `(C, B, D)` of capsules `(C, B, k * d)`, summed over these."""
+        classes, batch, rank = self.weights.shape
+        rows = votes.to(self.basis.dtype).reshape(len(self.basis), -1, votes.shape[2])
+        mixed = product(rows, self.basis).reshape(classes, batch, rank, -1)
+        offset = (rows @ self.offset).reshape(classes, batch, -1)
+        return (self.weights[:, :, None] @ mixed).squeeze(2) + offset
+
+    def spread(self, poses: Tensor) -> Tensor:
+        """Return the capsules `(C, B, k * d)` of poses `(C, B, D)`."""
+        groups, poses = len(self.basis), poses.to(self.basis.dtype)
+        mixed = (self.weights[..., None] * poses[:, :, None]).reshape(groups, -1, self.basis.shape[2])
+        offset = poses.reshape(groups, -1, poses.shape[2]) @ self.offset.mT
+        return (product(mixed, self.basis, transposed=True) + offset).reshape(*poses.shape[:2], -1)
 
 
 class Maps(NamedTuple):
     """Forward and inverse maps `(C, B, k, d, D)` and the coupling `(C, B, k)`."""
 
-    forward_maps: Tensor
-    inverse_maps: Tensor
+    forward_maps: Mixture
+    inverse_maps: Mixture
     coupling: Tensor
 
 
@@ -68,6 +109,33 @@ class CodeLinear(nn.Module):
         return [x.transpose(0, 1) for x in shaped]
 
 
+class MapMixer(nn.Module):
+    """The last layer of networks that make maps: from its inputs `(C, B, R)` to maps `(C, B, k, d, D)`.
+
+    Args:
+        groups: number of classes, or 1 for the same layer of all.
+        n_in: number of inputs R.
+        shape: (k, d, D).
+        init: `"xavier"` or `"unit"`, see `LadderHead`.
+    """
+
+    def __init__(self, groups: int, n_in: int, shape: tuple[int, int, int], init: MapInit) -> None:
+        super().__init__()
+        k, in_dim, out_dim = shape
+        self.capsule = (k, in_dim)
+        self.weight = nn.Parameter(torch.empty(groups, k * in_dim, n_in * out_dim))
+        self.bias = nn.Parameter(torch.empty(groups, k * in_dim, out_dim))
+        xavier_(self.weight, n_in, math.prod(shape))
+        vector_xavier_(self.bias, math.prod(shape))
+        if init == "unit":
+            # a pose of length 1 is mapped to a capsule of about length 1
+            nn.init.normal_(self.bias, std=1 / math.sqrt(in_dim))
+
+    def forward(self, weights: Tensor) -> Mixture:
+        """Return the maps."""
+        return Mixture(weights, self.weight, self.bias, self.capsule)
+
+
 class PerClassHyperNetworks(nn.Module):
     """Three networks a class as in the paper, no weight shared: 75.5 million parameters at the official size.
 
@@ -94,21 +162,19 @@ class PerClassHyperNetworks(nn.Module):
         map_init: MapInit,
     ) -> None:
         super().__init__()
-        self.shape = (k, in_dim, out_dim)
         self.num_classes = num_classes
         self.code = CodeLinear(num_caps, [(2 * num_classes, hidden[0]), (num_classes, coupling_hidden[0])])
-        last = GroupedLinear(2 * num_classes, hidden[-1], math.prod(self.shape))
-        self.maps = _chain(2 * num_classes, hidden).append(nn.ReLU()).append(last)
+        self.hidden = _chain(2 * num_classes, hidden).append(nn.ReLU())
+        self.forward_maps, self.inverse_maps = (
+            MapMixer(num_classes, hidden[-1], (k, in_dim, out_dim), map_init) for _ in range(2)
+        )
         self.coupling = _chain(num_classes, [*coupling_hidden, k])
-        if map_init == "unit":
-            unit_maps_(last, in_dim)
 
     def forward(self, indices: Tensor) -> Maps:
         """Return the maps and the coupling for the codes at `indices` `(B, k)`."""
-        maps, coupling = self.code(indices)
-        maps = self.maps(maps).unflatten(-1, self.shape)
-        forward_maps, inverse_maps = maps.split(self.num_classes)
-        return Maps(forward_maps, inverse_maps, self.coupling(coupling).sigmoid())
+        code, coupling = self.code(indices)
+        forward, inverse = self.hidden(code).split(self.num_classes)
+        return Maps(self.forward_maps(forward), self.inverse_maps(inverse), self.coupling(coupling).sigmoid())
 
 
 class SharedHyperNetworks(nn.Module):
@@ -137,25 +203,22 @@ class SharedHyperNetworks(nn.Module):
         map_init: MapInit,
     ) -> None:
         super().__init__()
-        self.shape = (k, in_dim, out_dim)
         self.num_classes = num_classes
         self.code = CodeLinear(num_caps, [(1, hidden[0])])
-        self.trunk = nn.Sequential(*_chain(1, hidden), nn.ReLU())
+        self.trunk = _chain(1, hidden).append(nn.ReLU())
         self.mixture = GroupedLinear(2 * num_classes, hidden[-1], rank)
-        self.basis = GroupedLinear(2, rank, math.prod(self.shape))
+        self.forward_maps, self.inverse_maps = (
+            MapMixer(1, rank, (k, in_dim, out_dim), map_init) for _ in range(2)
+        )
         self.coupling = GroupedLinear(num_classes, hidden[-1], k)
-        if map_init == "unit":
-            unit_maps_(self.basis, in_dim)
 
     def forward(self, indices: Tensor) -> Maps:
         """Return the maps and the coupling for the codes at `indices` `(B, k)`."""
         (code,) = self.code(indices)
         trunk = self.trunk(code)
-        mixture = self.mixture(trunk.expand(2 * self.num_classes, -1, -1))
-        maps = self.basis(mixture.reshape(2, -1, mixture.shape[-1]))
-        forward_maps, inverse_maps = maps.reshape(2, self.num_classes, -1, *self.shape)
+        forward, inverse = self.mixture(trunk.expand(2 * self.num_classes, -1, -1)).split(self.num_classes)
         coupling = self.coupling(trunk.expand(self.num_classes, -1, -1))
-        return Maps(forward_maps, inverse_maps, coupling.sigmoid())
+        return Maps(self.forward_maps(forward), self.inverse_maps(inverse), coupling.sigmoid())
 
 
 def _chain(groups: int, widths: Sequence[int]) -> nn.Sequential:
@@ -164,9 +227,61 @@ def _chain(groups: int, widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*itertools.chain.from_iterable(steps))
 
 
-def unit_maps_(last: GroupedLinear, in_dim: int) -> None:
-    """Draw biases that map a pose of length 1 to a capsule of about length 1."""
-    nn.init.normal_(last.bias, std=1 / math.sqrt(in_dim))
+def product(x: Tensor, weight: Tensor, *, transposed: bool = False) -> Tensor:
+    """Return `x @ weight`, or `x @ weight.mT`, with a gradient of a large weight that is cheap to allocate.
+
+    Example:
+        >>> product(torch.ones(1, 2, 3), torch.ones(1, 3, 4)).shape
+        torch.Size([1, 2, 4])
+    """
+    special = (
+        x.device.type == "cpu"
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+        and weight.nbytes >= LARGE
+        and weight.dtype == x.dtype
+        and weight.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+    return _Product.apply(x, weight, transposed) if special else x @ (weight.mT if transposed else weight)
+
+
+class _Product(torch.autograd.Function):
+    """`x @ weight` whose gradient of the weight lies in memory of NumPy.
+
+    The system hands out fresh memory a page of 4 kB at a time, which for a gradient of hundreds of megabytes takes as
+    long as the product. NumPy asks for pages of 2 MB on Linux, PyTorch does not.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        return x @ (weight.mT if transposed else weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+        x, weight, ctx.transposed = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        left, right = (gradient, x) if ctx.transposed else (x, gradient)
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = gradient @ (weight if ctx.transposed else weight.mT)
+        if ctx.needs_input_grad[1]:
+            # a gradient that is itself differentiated cannot be written into memory of our own
+            of_weight = left.mT @ right if torch.is_grad_enabled() else _into_numpy(left.mT, right)
+        return of_x, of_weight, None
+
+
+def _into_numpy(left: Tensor, right: Tensor) -> Tensor:
+    shape = (*left.shape[:2], right.shape[2])
+    memory = np.empty(shape, np.float64 if left.dtype == torch.float64 else np.float32)
+    return torch.bmm(left, right, out=torch.from_numpy(memory))
 
 
 def xavier_(weight: Tensor, fan_in: int, fan_out: int) -> None:

@@ -15,10 +15,11 @@ from lightning_methods.ladder_capsule.functional import (
     activities,
     capsules_of,
     code_vector,
-    dynamic_routing,
     ladder_inference,
+    route,
     squash,
     top_capsules,
+    wide,
 )
 from lightning_methods.ladder_capsule.hyper import MapInit, PerClassHyperNetworks, SharedHyperNetworks
 
@@ -291,20 +292,37 @@ class DynamicRouting(nn.Module):
         if not init_std > 0:
             raise InvalidArgument(f"init_std={init_std}: a positive standard deviation is needed.")
         self.iters, self.detach = iters, detach
-        self.weight = nn.Parameter(init_std * torch.randn(num_caps, in_dim, num_classes, out_dim))
+        # a class after the other, and capsules beside each other in every dimension: what the products read in order
+        self.weight = nn.Parameter(init_std * torch.randn(num_classes, in_dim, num_caps, out_dim))
 
     def forward(self, capsules: Tensor) -> Tensor:
         """Return the poses of all classes."""
-        num_caps, in_dim, classes, out_dim = self.weight.shape
+        classes, in_dim, num_caps, _ = self.weight.shape
         if capsules.ndim != 3 or capsules.shape[1:] != (num_caps, in_dim):
             raise ShapeMismatch(
                 f"capsules have the shape {tuple(capsules.shape)}; (B, {num_caps}, {in_dim}) is needed. Was the "
                 "network made for images of another size?"
             )
-        votes = torch.bmm(capsules.transpose(0, 1).to(self.weight.dtype), self.weight.flatten(2)).unflatten(
-            -1, (classes, out_dim)
-        )
-        return dynamic_routing(votes.permute(1, 2, 0, 3), self.iters, detach=self.detach)
+        with torch.autocast(capsules.device.type, enabled=False):
+            parts = wide(capsules).transpose(1, 2).contiguous()  # (B, d, N)
+            maps = wide(self.weight).flatten(1, 2)  # (C, d * N, D)
+            logits = torch.zeros(classes, len(parts), num_caps, dtype=parts.dtype, device=parts.device)
+            poses = self._routed(logits, parts.to(maps.dtype), maps)
+        return poses.transpose(0, 1)
+
+    def _routed(self, logits: Tensor, parts: Tensor, maps: Tensor) -> Tensor:
+        """Route votes that are never laid out: shares scale the capsules, and poses are mapped back to these."""
+        held = (parts.detach(), maps.detach()) if self.detach else (parts, maps)
+
+        def summed(shares: Tensor, *, last: bool) -> Tensor:
+            given, used = (parts, maps) if last else held
+            return (shares[:, :, None] * given).flatten(2) @ used
+
+        def agreement(poses: Tensor) -> Tensor:
+            given, used = held
+            return ((poses @ used.mT).unflatten(2, given.shape[1:]) * given).sum(2)
+
+        return route(logits, summed, agreement, self.iters, dim=0)
 
 
 class Decoder(nn.Module):
