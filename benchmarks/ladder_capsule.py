@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from lightning_methods import CapsuleNetwork, Classifier, LadderCapsuleNetwork, LadderHead
 from lightning_methods.ladder_capsule import DynamicRouting, Pruned, PruningLayer, ladder_loss, squash
 from lightning_methods.ladder_capsule.functional import safe_norm
-from lightning_methods.ladder_capsule.hyper import GroupedLinear
+from lightning_methods.ladder_capsule.hyper import GroupedLinear, MapMixer
 
 CAPS, K, CLASSES, DIM, POSE = 1152, 70, 10, 8, 16  # of the official code
 TIMES = 8.0  # how much faster the head was to be
@@ -50,23 +50,26 @@ class DirectHead(nn.Module):
     def __init__(self, head: LadderHead) -> None:
         super().__init__()
         hyper: Any = head.hyper
-        maps, coupling = _sizes(hyper)
-        first = maps[0] * maps[1]
+        (groups, width), (classes, narrow) = hyper.code.blocks
+        self.k = head.k
         weight, bias = hyper.code.weight.detach(), hyper.code.bias.detach()
+        lasts = [_last(mixer, j) for mixer in (hyper.forward_maps, hyper.inverse_maps) for j in range(classes)]
         self.maps = nn.ModuleList(
-            _network(weight[:, j * maps[1] : (j + 1) * maps[1]], bias[j * maps[1] : (j + 1) * maps[1]], hyper.maps, j)
-            for j in range(maps[0])
+            _network(weight[:, c], bias[c], hyper.hidden, j, last)
+            for j, (c, last) in enumerate(zip(_columns(0, groups, width), lasts, strict=True))
         )
-        columns = [slice(first + j * coupling[1], first + (j + 1) * coupling[1]) for j in range(coupling[0])]
-        self.coupling = nn.ModuleList(_network(weight[:, c], bias[c], hyper.coupling, j) for j, c in enumerate(columns))
+        self.coupling = nn.ModuleList(
+            _network(weight[:, c], bias[c], hyper.coupling, j)
+            for j, c in enumerate(_columns(groups * width, classes, narrow))
+        )
 
     def forward(self, pruned: Pruned) -> Tensor:
         """Return the errors."""
         code, active = pruned.code, pruned.active
         errors = []
         for j in range(CLASSES):
-            forward = self.maps[j](code).view(-1, K, DIM, POSE)
-            inverse = self.maps[CLASSES + j](code).view(-1, K, DIM, POSE)
+            forward = self.maps[j](code).view(-1, self.k, DIM, POSE)
+            inverse = self.maps[CLASSES + j](code).view(-1, self.k, DIM, POSE)
             share = self.coupling[j](code).sigmoid()
             votes = (active[:, :, None] @ forward).squeeze(2)
             summed = (share[..., None] * votes).sum(1)
@@ -76,18 +79,26 @@ class DirectHead(nn.Module):
         return torch.stack(errors, 1)
 
 
-def _sizes(hyper: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-    maps, coupling = hyper.code.blocks
-    return maps, coupling
+def _columns(start: int, groups: int, width: int) -> list[slice]:
+    return [slice(start + j * width, start + (j + 1) * width) for j in range(groups)]
 
 
-def _network(weight: Tensor, bias: Tensor, layers: nn.Sequential, group: int) -> nn.Sequential:
+def _last(mixer: MapMixer, group: int) -> nn.Linear:
+    """Return the layer that lays the maps of one class out."""
+    rows, width = mixer.weight.shape[1], mixer.bias.shape[2]
+    weight = mixer.weight.detach()[group].view(rows, -1, width).transpose(0, 1).flatten(1)
+    return _linear(weight, mixer.bias.detach()[group].flatten())
+
+
+def _network(
+    weight: Tensor, bias: Tensor, layers: nn.Sequential, group: int, last: nn.Linear | None = None
+) -> nn.Sequential:
     """Return a plain network with the weights of one group."""
     made: list[nn.Module] = [_linear(weight, bias)]
     for layer in layers:
         if isinstance(layer, GroupedLinear):
             made += [nn.ReLU(), _linear(layer.weight.detach()[group], layer.bias.detach()[group, 0])]
-    return nn.Sequential(*made)
+    return nn.Sequential(*made, *([] if last is None else [nn.ReLU(), last]))
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
@@ -99,7 +110,7 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 def direct_routing(capsules: Tensor, weight: Tensor, iters: int = 3) -> Tensor:
     """Route by a loop over the classes, the votes of each in a product of its own."""
-    votes = [torch.einsum("bnd,nde->bne", capsules, weight[:, :, j]) for j in range(weight.shape[2])]
+    votes = [torch.einsum("bnd,dne->bne", capsules, maps) for maps in weight]
     logits = [torch.zeros(capsules.shape[:2], device=capsules.device) for _ in votes]
     poses: list[Tensor] = []
     for i in range(iters):

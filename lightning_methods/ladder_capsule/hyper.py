@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_methods.ladder_capsule.product import GradientMemory, product
+
 MapInit = Literal["xavier", "unit"]
-LARGE = 2**25  # bytes; smaller blocks are used again by the C library
 
 
 class Mixture(NamedTuple):
@@ -33,6 +33,7 @@ class Mixture(NamedTuple):
     basis: Tensor
     offset: Tensor
     capsule: tuple[int, int]
+    memory: GradientMemory
 
     @property
     def shape(self) -> torch.Size:
@@ -43,7 +44,7 @@ class Mixture(NamedTuple):
         """Return the poses `(C, B, D)` of capsules `(C, B, k * d)`, summed over these."""
         classes, batch, rank = self.weights.shape
         rows = votes.to(self.basis.dtype).reshape(len(self.basis), -1, votes.shape[2])
-        mixed = product(rows, self.basis).reshape(classes, batch, rank, -1)
+        mixed = product(rows, self.basis, self.memory).reshape(classes, batch, rank, -1)
         offset = (rows @ self.offset).reshape(classes, batch, -1)
         return (self.weights[:, :, None] @ mixed).squeeze(2) + offset
 
@@ -52,7 +53,7 @@ class Mixture(NamedTuple):
         groups, poses = len(self.basis), poses.to(self.basis.dtype)
         mixed = (self.weights[..., None] * poses[:, :, None]).reshape(groups, -1, self.basis.shape[2])
         offset = poses.reshape(groups, -1, poses.shape[2]) @ self.offset.mT
-        return (product(mixed, self.basis, transposed=True) + offset).reshape(*poses.shape[:2], -1)
+        return (product(mixed, self.basis, self.memory, transposed=True) + offset).reshape(*poses.shape[:2], -1)
 
 
 class Maps(NamedTuple):
@@ -122,7 +123,7 @@ class MapMixer(nn.Module):
     def __init__(self, groups: int, n_in: int, shape: tuple[int, int, int], init: MapInit) -> None:
         super().__init__()
         k, in_dim, out_dim = shape
-        self.capsule = (k, in_dim)
+        self.capsule, self._memory = (k, in_dim), GradientMemory()
         self.weight = nn.Parameter(torch.empty(groups, k * in_dim, n_in * out_dim))
         self.bias = nn.Parameter(torch.empty(groups, k * in_dim, out_dim))
         xavier_(self.weight, n_in, math.prod(shape))
@@ -133,7 +134,7 @@ class MapMixer(nn.Module):
 
     def forward(self, weights: Tensor) -> Mixture:
         """Return the maps."""
-        return Mixture(weights, self.weight, self.bias, self.capsule)
+        return Mixture(weights, self.weight, self.bias, self.capsule, self._memory)
 
 
 class PerClassHyperNetworks(nn.Module):
@@ -225,63 +226,6 @@ def _chain(groups: int, widths: Sequence[int]) -> nn.Sequential:
     """Return a ReLU and a linear layer a step from a width to the next."""
     steps = ((nn.ReLU(), GroupedLinear(groups, a, b)) for a, b in itertools.pairwise(widths))
     return nn.Sequential(*itertools.chain.from_iterable(steps))
-
-
-def product(x: Tensor, weight: Tensor, *, transposed: bool = False) -> Tensor:
-    """Return `x @ weight`, or `x @ weight.mT`, with a gradient of a large weight that is cheap to allocate.
-
-    Example:
-        >>> product(torch.ones(1, 2, 3), torch.ones(1, 3, 4)).shape
-        torch.Size([1, 2, 4])
-    """
-    special = (
-        x.device.type == "cpu"
-        and weight.requires_grad
-        and torch.is_grad_enabled()
-        and weight.nbytes >= LARGE
-        and weight.dtype == x.dtype
-        and weight.dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-    )
-    return _Product.apply(x, weight, transposed) if special else x @ (weight.mT if transposed else weight)
-
-
-class _Product(torch.autograd.Function):
-    """`x @ weight` whose gradient of the weight lies in memory of NumPy.
-
-    The system hands out fresh memory a page of 4 kB at a time, which for a gradient of hundreds of megabytes takes as
-    long as the product. NumPy asks for pages of 2 MB on Linux, PyTorch does not.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-        return x @ (weight.mT if transposed else weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
-        x, weight, ctx.transposed = inputs
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        left, right = (gradient, x) if ctx.transposed else (x, gradient)
-        of_x = of_weight = None
-        if ctx.needs_input_grad[0]:
-            of_x = gradient @ (weight if ctx.transposed else weight.mT)
-        if ctx.needs_input_grad[1]:
-            # a gradient that is itself differentiated cannot be written into memory of our own
-            of_weight = left.mT @ right if torch.is_grad_enabled() else _into_numpy(left.mT, right)
-        return of_x, of_weight, None
-
-
-def _into_numpy(left: Tensor, right: Tensor) -> Tensor:
-    shape = (*left.shape[:2], right.shape[2])
-    memory = np.empty(shape, np.float64 if left.dtype == torch.float64 else np.float32)
-    return torch.bmm(left, right, out=torch.from_numpy(memory))
 
 
 def xavier_(weight: Tensor, fan_in: int, fan_out: int) -> None:

@@ -15,9 +15,8 @@ from lightning_methods.ladder_capsule import (
     ladder_loss,
     squash,
 )
-from lightning_methods.ladder_capsule import hyper
 from lightning_methods.ladder_capsule.functional import capsules_of, ladder_inference
-from lightning_methods.ladder_capsule.hyper import CodeLinear, Mixture, product
+from lightning_methods.ladder_capsule.hyper import CodeLinear, Mixture
 from lightning_methods.ladder_capsule.layers import Decoder
 from tests.ladder_capsule import oracle
 
@@ -161,36 +160,6 @@ def test_shared_maps_are_mixtures_and_classes_differ() -> None:
     centred = (whole - head.hyper.forward_maps.bias[0].view(5, 3, 6)).flatten(2).flatten(0, 1)
     assert torch.linalg.matrix_rank(centred) == 4
     assert not torch.allclose(whole[0], whole[1])
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_in_other_memory_are_those_of_a_product(transposed, dtype, monkeypatch) -> None:
-    torch.manual_seed(0)
-    x, weight = torch.randn(2, 3, 4 + transposed, dtype=dtype), torch.randn(2, 4, 5, dtype=dtype)
-    given = x.requires_grad_(), weight.requires_grad_()
-    plain = product(*given, transposed=transposed)
-    monkeypatch.setattr(hyper, "LARGE", 0)
-    ours = product(*given, transposed=transposed)
-    assert type(ours.grad_fn).__name__ == "_ProductBackward"
-    assert torch.equal(ours, plain)
-    gradients = [torch.autograd.grad(y.square().sum(), given) for y in (ours, plain)]
-    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*gradients, strict=True))
-    if dtype == torch.float64:
-        assert torch.autograd.gradgradcheck(lambda a, b: product(a, b, transposed=transposed).square(), given)
-    of_function = torch.func.grad(lambda w: product(x.detach(), w, transposed=transposed).square().sum())(weight)
-    assert torch.allclose(of_function, gradients[1][1], rtol=1e-5)
-
-
-def test_gradients_in_other_memory_add_up_and_train(monkeypatch) -> None:
-    monkeypatch.setattr(hyper, "LARGE", 0)
-    weight = nn.Parameter(torch.randn(2, 4, 5))
-    for _ in range(2):
-        product(torch.ones(2, 3, 4), weight).sum().backward()
-    assert torch.equal(weight.grad, torch.full((2, 4, 5), 6.0))
-    before = weight.detach().clone()
-    torch.optim.Adam([weight], lr=0.1).step()
-    assert torch.allclose(before - weight, torch.full((2, 4, 5), 0.1), atol=1e-5)
 
 
 @pytest.mark.parametrize("hyper", ["per_class", "shared"])
