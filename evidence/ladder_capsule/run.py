@@ -36,7 +36,7 @@ from lightning_methods import (
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-FIELDS = ["seed", "protocol", "model", "parameters", "ms_step", "train_loss", "level", "accuracy", "loss"]
+FIELDS = ["seed", "protocol", "model", "parameters", "ms_step", "train_loss", "train_accuracy", "level", "accuracy"]
 FIELDS += ["r2", "identity", "shuffled", "overlap"]
 UNIT = "L-CapsNet, unit maps"
 CODE = "L-CapsNet, unit maps, loss of the code"
@@ -148,46 +148,51 @@ def main() -> None:
         torch.set_num_threads(1)
     size = SIZES[options.size]
     path = RESULTS / f"{options.size}.csv"
+    done = finished(path, "seed", "protocol", "model")
     for protocol, poses in PROTOCOLS.items():
         for seed in range(options.seeds or size.seeds):
             for name, build in networks(size).items():
                 wanted = name not in (UNIT, CODE) or protocol == "clean"  # what the first maps and the constants do
-                if wanted and (str(seed), protocol, name) not in finished(path):
-                    data = PoseDataModule(
-                        "mnist",
-                        options.root,
-                        train_size=size.train_size,
-                        test_size=size.test_size,
-                        batch_size=size.batch,
-                        seed=seed,
-                        **poses,
-                    )
-                    rows = run(seed, build, data, size.epochs, options.device)
-                    add(path, [{"seed": seed, "protocol": protocol, "model": name, **row} for row in rows])
-                    print(seed, protocol, name, *(f"{row['level']} {row['accuracy']:.3f}" for row in rows), flush=True)
+                if not wanted or (str(seed), protocol, name) in done:
+                    continue
+                data = data_of(size, options.root, seed, poses)
+                model, about = trained(seed, build, data, size.epochs, options.device)
+                data.setup("test")
+                rows = list(levels(model, data, options.device))
+                head = {"seed": seed, "protocol": protocol, "model": name, **about}
+                add(path, [{**head, **row} for row in rows], FIELDS)
+                print(seed, protocol, name, *(f"{row['level']} {row['accuracy']:.3f}" for row in rows), flush=True)
 
 
-def finished(path: Path) -> set[tuple[str, str, str]]:
+def finished(path: Path, *names: str) -> set[tuple[str, ...]]:
+    """Return what the columns `names` hold of the runs that are done."""
     if not path.exists():
         return set()
     with path.open() as file:
-        return {(row["seed"], row["protocol"], row["model"]) for row in csv.DictReader(file)}
+        return {tuple(row[name] for name in names) for row in csv.DictReader(file)}
 
 
-def add(path: Path, rows: list[dict[str, Any]]) -> None:
+def add(path: Path, rows: list[dict[str, Any]], fields: list[str]) -> None:
     """Append the rows of a run, all at once."""
     path.parent.mkdir(exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
 
 
-def run(
+def data_of(size: Size, root: str, seed: int, poses: dict[str, Any]) -> PoseDataModule:
+    """Return the images of one seed."""
+    sizes = {"train_size": size.train_size, "test_size": size.test_size, "batch_size": size.batch}
+    return PoseDataModule("mnist", root, seed=seed, **sizes, **poses)
+
+
+def trained(
     seed: int, build: Callable[[], pl.LightningModule], data: PoseDataModule, epochs: int, device: str
-) -> list[dict[str, Any]]:
+) -> tuple[pl.LightningModule, dict[str, Any]]:
+    """Return a network after its last epoch, and what its training took and came to."""
     pl.seed_everything(seed, verbose=False)
     model = build()
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -204,13 +209,14 @@ def run(
     trainer.fit(model, data)
     # of the processor, which others may have kept busy; of the wall on a GPU
     seconds = time.perf_counter() - clock if gpu else time.process_time() - start
+    last = trainer.callback_metrics  # of the last epoch, in the poses of the training
     about = {
         "parameters": parameters(model),
         "ms_step": round(1e3 * seconds / trainer.global_step, 2),
-        "train_loss": round(float(trainer.callback_metrics["train/loss"]), 5),
+        "train_loss": round(float(last["train/loss"]), 5),
+        "train_accuracy": round(float(last["train/accuracy"]), 5),
     }
-    data.setup("test")
-    return [{**about, **row} for row in levels(model.eval().to(device), data, device)]
+    return model.eval().to(device), about
 
 
 @torch.no_grad()

@@ -1,0 +1,60 @@
+"""Choose the learning rate of the reduced size, by validation images and a seed that `run.py` does not use.
+
+    python evidence/ladder_capsule/choose.py
+
+Runs that `results/choice.csv` already has are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from dataclasses import replace
+
+import torch
+from lightning_methods import Classifier, PoseDataModule
+from run import CODE, PROTOCOLS, RESULTS, SIZES, UNIT, add, data_of, finished, networks, trained
+
+RATES = (3e-3, 1e-2, 1e-3)
+EPOCHS = 10
+SEED = 100
+FIELDS = ["model", "lr", "seed", "parameters", "ms_step", "train_loss", "train_accuracy", "val_accuracy", "images"]
+
+
+@torch.no_grad()
+def validated(model: torch.nn.Module, data: PoseDataModule) -> tuple[float, int]:
+    """Return the accuracy on images held out, in poses of the training range."""
+    data.setup("validate")
+    correct = count = 0
+    for x, y in data.val_dataloader():
+        out = model(x)
+        scores = out if isinstance(model, Classifier) else out.scores
+        correct, count = correct + int((scores.argmax(1) == y).sum()), count + len(y)
+    return correct / count, count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data", help="folder that holds MNIST/raw")
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    torch.set_num_threads(1)
+    path = RESULTS / "choice.csv"
+    done = finished(path, "model", "lr")
+    for name in networks(SIZES["reduced"]):
+        for rate in RATES:
+            if name in (UNIT, CODE) or (name, str(rate)) in done:
+                continue
+            size = replace(SIZES["reduced"], lr=rate, epochs=EPOCHS)
+            data = data_of(size, options.root, SEED, PROTOCOLS["rotation"])
+            model, about = trained(SEED, networks(size)[name], data, size.epochs, "cpu")
+            accuracy, images = validated(model, data)
+            row = {"model": name, "lr": rate, "seed": SEED, **about, "val_accuracy": round(accuracy, 4)}
+            add(path, [{**row, "images": images}], FIELDS)
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
