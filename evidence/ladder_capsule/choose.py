@@ -13,11 +13,12 @@ import warnings
 from dataclasses import replace
 
 import torch
-from lightning_methods import Classifier, PoseDataModule
 from run import CODE, PROTOCOLS, RESULTS, SIZES, UNIT, add, data_of, finished, networks, trained
 
+from lightning_methods import Classifier, PoseDataModule
+
 RATES = (3e-3, 1e-2, 1e-3)
-EPOCHS = 10
+EPOCHS = 5  # a quarter of those of `run.py`
 SEED = 100
 FIELDS = ["model", "lr", "seed", "parameters", "ms_step", "train_loss", "train_accuracy", "val_accuracy", "images"]
 
@@ -43,8 +44,8 @@ def main() -> None:
     torch.set_num_threads(1)
     path = RESULTS / "choice.csv"
     done = finished(path, "model", "lr")
-    for name in networks(SIZES["reduced"]):
-        for rate in RATES:
+    for rate in RATES:
+        for name in reversed(networks(SIZES["reduced"])):
             if name in (UNIT, CODE) or (name, str(rate)) in done:
                 continue
             size = replace(SIZES["reduced"], lr=rate, epochs=EPOCHS)

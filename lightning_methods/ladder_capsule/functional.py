@@ -125,8 +125,9 @@ def capsules_of(features: Tensor, dim: int) -> Tensor:
             f"Feature maps {tuple(features.shape)} cannot be divided into capsules of {dim} dimensions. A shape "
             f"(B, types * {dim}, H, W) is needed: change the number of channels, or the dimension of a capsule."
         )
+    batch, channels, height, width = features.shape
     # channels last first: a plain view of NCHW would take neighbouring pixels of one channel for a capsule
-    return features.permute(0, 2, 3, 1).reshape(len(features), -1, dim)
+    return features.permute(0, 2, 3, 1).reshape(batch, height * width * channels // dim, dim)
 
 
 def top_capsules(activity: Tensor, k: int) -> Tensor:
@@ -230,12 +231,7 @@ def ladder_inference(
         [(1, 4), (1, 4, 5), (1, 4, 2, 3)]
     """
     shape = forward_maps.shape
-    if (
-        len(shape) != 5
-        or active.shape != shape[1:4]
-        or inverse_maps.shape != shape
-        or coupling.shape != shape[:3]
-    ):
+    if len(shape) != 5 or active.shape != shape[1:4] or inverse_maps.shape != shape or coupling.shape != shape[:3]:
         raise ShapeMismatch(
             f"active {tuple(active.shape)}, forward_maps {tuple(shape)}, inverse_maps {tuple(inverse_maps.shape)} and "
             f"coupling {tuple(coupling.shape)} do not fit together: (B, k, d), twice (C, B, k, d, D) and (C, B, k) are "
@@ -317,8 +313,8 @@ def route(
         tensor([[0.6923],
                 [0.6923]])
     """
-    if iters < 1:
-        raise InvalidArgument(f"iters={iters}: at least one iteration is needed.")
+    if not isinstance(iters, int) or iters < 1:
+        raise InvalidArgument(f"iters={iters!r}: a whole number of at least one iteration is needed.")
     for _ in range(iters - 1):
         logits = logits + agreement(squash(summed(logits.softmax(dim), last=False)))
     return squash(summed(logits.softmax(dim), last=True))
@@ -338,6 +334,8 @@ def class_targets(target: Tensor, num_classes: int, dtype: torch.dtype = torch.f
         >>> class_targets(torch.tensor([1]), 3)
         tensor([[0., 1., 0.]])
     """
+    if not isinstance(target, Tensor):
+        raise InvalidArgument(f"The targets are {type(target).__name__}. A tensor is needed: torch.as_tensor(targets).")
     if target.ndim == 1:
         if target.is_floating_point():
             raise InvalidArgument(f"The classes are {target.dtype}. Whole numbers (B,) or shares (B, C) are needed.")
@@ -377,7 +375,7 @@ def margin_loss(
 
     Raises:
         InvalidArgument: if a class is out of range.
-        ShapeMismatch: if activity and target do not fit together.
+        ShapeMismatch: if activity and target do not fit together, or there is no sample.
 
     Example:
         >>> margin_loss(torch.tensor([[0.8, 0.3]]), torch.tensor([0]))
@@ -388,6 +386,8 @@ def margin_loss(
             f"activity {tuple(activity.shape)} and target {tuple(target.shape)} do not fit together: (B, C), and (B,) "
             "or (B, C), are needed."
         )
+    if not len(activity):
+        raise ShapeMismatch("The batch is empty: the mean over no sample is no number.")
     with torch.autocast(activity.device.type, enabled=False):
         activity = wide(activity)
         true = class_targets(target, activity.shape[1], activity.dtype)

@@ -42,10 +42,10 @@ class Mixture(NamedTuple):
 
     def summed(self, votes: Tensor) -> Tensor:
         """Return the poses `(C, B, D)` of capsules `(C, B, k * d)`, summed over these."""
-        classes, batch, rank = self.weights.shape
+        classes, batch, rank, width = *self.weights.shape, self.offset.shape[2]
         rows = votes.to(self.basis.dtype).reshape(len(self.basis), -1, votes.shape[2])
-        mixed = product(rows, self.basis, self.memory).reshape(classes, batch, rank, -1)
-        offset = (rows @ self.offset).reshape(classes, batch, -1)
+        mixed = product(rows, self.basis, self.memory).reshape(classes, batch, rank, width)
+        offset = (rows @ self.offset).reshape(classes, batch, width)
         return (self.weights[:, :, None] @ mixed).squeeze(2) + offset
 
     def spread(self, poses: Tensor) -> Tensor:
@@ -53,7 +53,8 @@ class Mixture(NamedTuple):
         groups, poses = len(self.basis), poses.to(self.basis.dtype)
         mixed = (self.weights[..., None] * poses[:, :, None]).reshape(groups, -1, self.basis.shape[2])
         offset = poses.reshape(groups, -1, poses.shape[2]) @ self.offset.mT
-        return (product(mixed, self.basis, self.memory, transposed=True) + offset).reshape(*poses.shape[:2], -1)
+        spread = product(mixed, self.basis, self.memory, transposed=True) + offset
+        return spread.reshape(*poses.shape[:2], self.basis.shape[1])
 
 
 class Maps(NamedTuple):
@@ -208,9 +209,7 @@ class SharedHyperNetworks(nn.Module):
         self.code = CodeLinear(num_caps, [(1, hidden[0])])
         self.trunk = _chain(1, hidden).append(nn.ReLU())
         self.mixture = GroupedLinear(2 * num_classes, hidden[-1], rank)
-        self.forward_maps, self.inverse_maps = (
-            MapMixer(1, rank, (k, in_dim, out_dim), map_init) for _ in range(2)
-        )
+        self.forward_maps, self.inverse_maps = (MapMixer(1, rank, (k, in_dim, out_dim), map_init) for _ in range(2))
         self.coupling = GroupedLinear(num_classes, hidden[-1], k)
 
     def forward(self, indices: Tensor) -> Maps:

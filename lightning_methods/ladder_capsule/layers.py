@@ -223,7 +223,7 @@ class LadderHead(nn.Module):
                 f"k={k} keeps every capsule: the code vector is always the same, and so are the maps. Lower k.",
                 category=NoEffect,
             )
-        coupling = [k] * 3 if coupling_hidden is None else list(coupling_hidden)
+        coupling = [k] * 3 if coupling_hidden is None else coupling_hidden
         check_widths(hidden=hidden, coupling_hidden=coupling)
         self.num_caps, self.k, self.in_dim = num_caps, k, in_dim
         sizes = (num_caps, num_classes, k, in_dim, out_dim, list(hidden))
@@ -371,12 +371,23 @@ class Decoder(nn.Module):
 def check_positive(**numbers: int) -> None:
     """Raise `InvalidArgument` unless all numbers are whole and at least 1."""
     for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        if not is_count(number):
             raise InvalidArgument(f"{name}={number!r}: a whole number of at least 1 is needed.")
+
+
+def is_count(number: object) -> bool:
+    """Tell whether this is a whole number of at least 1.
+
+    Example:
+        >>> is_count(3), is_count(3.0), is_count(True), is_count(0)
+        (True, False, False, False)
+    """
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
 
 
 def check_widths(**layers: Sequence[int]) -> None:
     """Raise `InvalidArgument` unless there is a width and all are positive."""
     for name, widths in layers.items():
-        if not widths or any(width < 1 for width in widths):
-            raise InvalidArgument(f"{name}={list(widths)}: one or more widths of at least 1 are needed.")
+        shown = list(widths) if isinstance(widths, (list, tuple)) else widths
+        if not isinstance(shown, list) or not shown or not all(is_count(width) for width in shown):
+            raise InvalidArgument(f"{name}={shown!r}: one or more whole widths of at least 1 are needed.")

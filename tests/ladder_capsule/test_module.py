@@ -274,6 +274,13 @@ def test_images_too_small_for_the_kernels() -> None:
         ({"lam": -1.0}, "lam=-1"),
         ({"lr": 0.0}, "lr=0"),
         ({"lr_step": 0}, "lr_step=0"),
+        ({"lr_step": 1.5}, "lr_step=1.5"),
+        ({"hidden": 8}, "hidden=8"),
+        ({"hidden": (8.5,)}, r"hidden=\[8.5\]"),
+        ({"coupling_hidden": ("8",)}, "coupling_hidden"),
+        ({"image_size": (8, 8, 1)}, r"image_size=\(8, 8, 1\)"),
+        ({"image_size": 8.0}, "image_size=8.0"),
+        ({"image_size": 0}, "image_size=0"),
         ({"activation": "tanh"}, "activation='tanh'"),
         ({"decoder": True, "decoder_hidden": ()}, "decoder_hidden"),
         ({"decoder": True, "decoder_weight": 0.0}, "decoder_weight=0"),
@@ -295,9 +302,23 @@ def test_batches_that_cannot_be(make, batch) -> None:
         make().training_step((x, torch.rand(24, 4)), 0)
     with pytest.raises(BatchFormat, match="targets"):
         make().training_step(x, 0)
+    with pytest.raises(BatchFormat, match=r"torch.uint8.*float\(\) / 255"):
+        make()((255 * x).byte())
+    with pytest.raises(InvalidArgument, match="targets are list"):
+        make().training_step((x, y.tolist()), 0)
+    with pytest.raises(ShapeMismatch, match="batch is empty"):
+        make().training_step((x[:0], y[:0]), 0)
+    assert all(len(found) == 0 for found in make().predict_step(x[:0], 0).values())
     x[0, 0, 0, 0] = torch.nan
     with pytest.warns(NotFinite, match="NaN"):
         make().training_step((x, y), 0)
+
+
+def test_capsnet_refuses_constants_that_cannot_be() -> None:
+    for name in ("m_plus", "m_minus", "lam"):
+        for value in (-1.0, float("nan")):
+            with pytest.raises(InvalidArgument, match=f"{name}={value}"):
+                capsnet(**{name: value})
 
 
 def test_a_picture_needs_a_decoder(batch) -> None:

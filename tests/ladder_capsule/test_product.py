@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_methods.ladder_capsule import LadderHead, PruningLayer, product as module
+from lightning_methods.ladder_capsule import LadderHead, PruningLayer
+from lightning_methods.ladder_capsule import product as module
 from lightning_methods.ladder_capsule.product import GradientMemory, product
 
 
