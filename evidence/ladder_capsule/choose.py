@@ -13,26 +13,12 @@ import warnings
 from dataclasses import replace
 
 import torch
-from run import CODE, PROTOCOLS, RESULTS, SIZES, UNIT, add, data_of, finished, networks, trained
+from run import CODE, PROTOCOLS, RESULTS, SIZES, UNIT, add, data_of, finished, measured, networks, trained
 
-from lightning_methods import Classifier, PoseDataModule
-
-RATES = (3e-3, 1e-2, 1e-3)
+RATES = (1e-2, 3e-3, 1e-3)
 EPOCHS = 5  # a quarter of those of `run.py`
 SEED = 100
 FIELDS = ["model", "lr", "seed", "parameters", "ms_step", "train_loss", "train_accuracy", "val_accuracy", "images"]
-
-
-@torch.no_grad()
-def validated(model: torch.nn.Module, data: PoseDataModule) -> tuple[float, int]:
-    """Return the accuracy on images held out, in poses of the training range."""
-    data.setup("validate")
-    correct = count = 0
-    for x, y in data.val_dataloader():
-        out = model(x)
-        scores = out if isinstance(model, Classifier) else out.scores
-        correct, count = correct + int((scores.argmax(1) == y).sum()), count + len(y)
-    return correct / count, count
 
 
 def main() -> None:
@@ -51,7 +37,8 @@ def main() -> None:
             size = replace(SIZES["reduced"], lr=rate, epochs=EPOCHS)
             data = data_of(size, options.root, SEED, PROTOCOLS["rotation"])
             model, about = trained(SEED, networks(size)[name], data, size.epochs, "cpu")
-            accuracy, images = validated(model, data)
+            data.setup("validate")
+            _, accuracy, images = measured(model, data.val_dataloader(), "cpu")
             row = {"model": name, "lr": rate, "seed": SEED, **about, "val_accuracy": round(accuracy, 4)}
             add(path, [{**row, "images": images}], FIELDS)
             print(row, flush=True)
