@@ -1,4 +1,4 @@
-"""Choose the learning rate of the reduced size, by validation images and a seed that `run.py` does not use.
+"""Choose the learning rate of the long runs, by validation images and a seed that `run.py` does not use.
 
     python evidence/ladder_capsule/choose.py
 
@@ -12,8 +12,7 @@ import logging
 import warnings
 from dataclasses import replace
 
-import torch
-from run import CODE, PROTOCOLS, RESULTS, SIZES, UNIT, add, data_of, finished, measured, networks, trained
+from run import CODE, PROTOCOLS, RESULTS, SIZES, UNIT, add, calm, data_of, finished, measured, networks, trained
 
 RATES = (1e-2, 3e-3, 1e-3)
 EPOCHS = 5  # a quarter of those of `run.py`
@@ -27,14 +26,14 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    torch.set_num_threads(1)
+    calm()
     path = RESULTS / "choice.csv"
     done = finished(path, "model", "lr")
     for rate in RATES:
-        for name in reversed(networks(SIZES["reduced"])):
+        for name in reversed(networks(SIZES["long"])):
             if name in (UNIT, CODE) or (name, str(rate)) in done:
                 continue
-            size = replace(SIZES["reduced"], lr=rate, epochs=EPOCHS)
+            size = replace(SIZES["long"], lr=rate, epochs=EPOCHS)
             data = data_of(size, options.root, SEED, PROTOCOLS["rotation"])
             model, about = trained(SEED, networks(size)[name], data, size.epochs, "cpu")
             data.setup("validate")

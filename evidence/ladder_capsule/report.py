@@ -107,13 +107,16 @@ def equivariance(cells: Cells, protocol: str = "rotation") -> str:
     return markdown(["", *(f"{angle:g}" for angle in angles)], rows)
 
 
-def costs(cells: Cells) -> str:
+def costs(cells: Cells, times: Path) -> str:
+    with times.open() as file:
+        timed = {row["model"]: row for row in csv.DictReader(file)}
     rows = []
     for model in dict.fromkeys(m for protocol in ("rotation", "clean") for m in models(cells, protocol)):
-        found = [v for (_, m, _), seeds in cells.items() if m == model for v in seeds.values()]
-        times = sorted({v["ms_step"] for v in found})
-        rows.append([model, f"{int(found[0]['parameters']):,}", f"{np.median(times):.0f}", f"{len(times)}"])
-    return markdown(["", "parameters", "ms of processor a step", "runs"], rows)
+        found = next(v for (_, m, _), seeds in cells.items() if m == model for v in seeds.values())
+        row = timed[model]
+        rows.append([model, f"{int(found['parameters']):,}", row["ms"], row["fast_quarter"]])
+    batch = next(iter(timed.values()))["batch"]
+    return markdown(["", "parameters", f"ms a step of {batch} images, median", "lower quartile"], rows)
 
 
 def contents(path: Path) -> str:
@@ -149,7 +152,7 @@ def main() -> None:
     options = parser.parse_args()
     cells = read(HERE / "results" / f"{options.size}.csv")
     parts = {"code_alone": contents(HERE / "results" / "code_alone.csv")}
-    parts |= {"costs": costs(cells), "equivariance": equivariance(cells)}
+    parts |= {"costs": costs(cells, HERE / "results" / "times.csv"), "equivariance": equivariance(cells)}
     for protocol in dict.fromkeys(key[0] for key in cells):
         parts[protocol] = accuracies(cells, protocol)
         draw(cells, protocol)
