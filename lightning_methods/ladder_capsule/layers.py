@@ -25,6 +25,7 @@ from lightning_methods.ladder_capsule.hyper import MapInit, PerClassHyperNetwork
 
 Activation = Literal["relu", "none"]
 HyperNetworks = Literal["per_class", "shared"]
+_PIECE = 2**22  # bytes
 
 
 class PrimaryCapsules(nn.Module):
@@ -313,14 +314,19 @@ class DynamicRouting(nn.Module):
     def _routed(self, logits: Tensor, parts: Tensor, maps: Tensor) -> Tensor:
         """Route votes that are never laid out: shares scale the capsules, and poses are mapped back to these."""
         held = (parts.detach(), maps.detach()) if self.detach else (parts, maps)
+        # on a CPU a few classes at a time: what lies between two products stays in the cache and needs no fresh memory
+        whole = parts.device.type != "cpu" or torch.compiler.is_compiling()
+        some = len(maps) if whole else max(1, _PIECE // max(1, parts.nbytes))
 
         def summed(shares: Tensor, *, last: bool) -> Tensor:
             given, used = (parts, maps) if last else held
-            return (shares[:, :, None] * given).flatten(2) @ used
+            pairs = zip(shares.split(some), used.split(some), strict=True)
+            return torch.cat([(c[:, :, None] * given).flatten(2) @ w for c, w in pairs])
 
         def agreement(poses: Tensor) -> Tensor:
             given, used = held
-            return ((poses @ used.mT).unflatten(2, given.shape[1:]) * given).sum(2)
+            pairs = zip(poses.split(some), used.split(some), strict=True)
+            return torch.cat([((v @ w.mT).unflatten(2, given.shape[1:]) * given).sum(2) for v, w in pairs])
 
         return route(logits, summed, agreement, self.iters, dim=0)
 
