@@ -137,6 +137,12 @@ class MapMixer(nn.Module):
         """Return the maps."""
         return Mixture(weights, self.weight, self.bias, self.capsule, self._memory)
 
+    def train(self, mode: bool = True) -> MapMixer:
+        """Set the mode; no memory is held for gradients that do not come."""
+        if not mode:
+            self._memory.release()
+        return super().train(mode)
+
 
 class PerClassHyperNetworks(nn.Module):
     """Three networks a class as in the paper, no weight shared: 75.5 million parameters at the official size.

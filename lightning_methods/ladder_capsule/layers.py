@@ -167,8 +167,8 @@ class LadderOutput(NamedTuple):
 class LadderHead(nn.Module):
     """Higher-level capsules whose maps are made from the code vector, and the reverse inference that rates them.
 
-    All classes are computed in batched products, and the product with the code vector is a sum of k rows: the same
-    numbers as a loop over classes with dense products.
+    All classes are computed in batched products that never lay the maps out, and the product with the code vector is a
+    sum of k rows: the same numbers as a loop over classes with dense products.
 
     Shapes:
         `Pruned` with `k` capsules of `in_dim` -> `LadderOutput`.
@@ -254,7 +254,7 @@ class CapsuleOutput(NamedTuple):
 
 
 class DynamicRouting(nn.Module):
-    """Class capsules by routing-by-agreement, all classes in one product.
+    """Class capsules by routing-by-agreement, whose votes are never laid out.
 
     Shapes:
         squashed capsules `(B, N, d)` -> poses `(B, C, D)`, whose length is the activity of the class.

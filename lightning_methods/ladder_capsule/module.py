@@ -196,7 +196,8 @@ class LadderCapsuleNetwork(CapsuleModule):
 
         Returns:
             `class` `(B,)`; `errors` `(B, C)`; `pose` `(B, D)` of that class; `capsules` `(B, k)`, the positions of the
-            kept capsules; `outlier_score` `(B,)`, the smallest error: large where no class explains the image.
+            kept capsules; `outlier_score` `(B,)`, the smallest error: large where no class explains the image (and 0
+            where there is nothing to explain, every kept capsule being 0).
         """
         out = self(inputs_of(batch, self.inputs))
         smallest, found = out.errors.min(1)

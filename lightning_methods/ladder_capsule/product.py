@@ -43,6 +43,10 @@ class GradientMemory:
         self._user = weakref.ref(user)
         return torch.from_numpy(user)
 
+    def release(self) -> None:
+        """Give the memory back; a tensor that lies in it keeps its own."""
+        self._whole = self._user = None
+
     def __reduce__(self) -> tuple[type[GradientMemory], tuple[()]]:
         """Leave the memory behind where the module is copied or saved."""
         return GradientMemory, ()

@@ -70,6 +70,20 @@ def test_memory_is_used_again_only_when_no_tensor_lies_in_it() -> None:
     assert memory.take((3, 2), torch.float64).shape == (3, 2)
 
 
+def test_evaluation_gives_the_memory_back_and_leaves_gradients() -> None:
+    head = LadderHead(12, 4, 5, 3, 6, hidden=(7, 9))
+    head(PruningLayer(5)(torch.randn(3, 12, 3))).errors.sum().backward()
+    weight = head.hyper.forward_maps.weight
+    before = weight.grad.clone()
+    user = head.hyper.forward_maps._memory._user
+    assert user() is not None
+    head.eval()
+    assert torch.equal(weight.grad, before)
+    weight.grad = None
+    assert user() is None
+    assert head.hyper.forward_maps._memory._whole is None
+
+
 def test_gradients_that_are_kept_accumulated_or_used_twice() -> None:
     memory, weight = GradientMemory(), nn.Parameter(torch.randn(2, 4, 5))
     kept = []
