@@ -129,7 +129,8 @@ def contents(path: Path) -> str:
         own = [row for row in rows if (row["hyper"], row["loss"]) == kind]
         percent = [interval([100 * float(row[name]) for row in own]) for name in ("accuracy", "swapped")]
         sizes = [interval([float(row[name]) for row in own], 3) for name in ("kept_length", "err_true")]
-        paper = {row["seed"]: float(row["accuracy"]) for row in rows if (row["hyper"], row["loss"]) == (kind[0], "paper")}
+        usual = [row for row in rows if (row["hyper"], row["loss"]) == (kind[0], "paper")]
+        paper = {row["seed"]: float(row["accuracy"]) for row in usual}
         gaps = [100 * (float(row["accuracy"]) - paper[row["seed"]]) for row in own if row["seed"] in paper]
         gap = "" if kind[1] == "paper" else interval(gaps)
         table.append([f"{kind[0]}, loss of the {kind[1]}", str(len(own)), percent[0], gap, percent[1], *sizes])
