@@ -293,7 +293,7 @@ def main() -> None:
     if device == "cuda":
         tables.append(images_table(options.rounds))
     else:
-        tables += [sizes_table(options.rounds), floors_table(tables[0], batch)]
+        tables += [sizes_table(min(5, options.rounds)), floors_table(tables[0], batch)]
     tables.append(gates_table(tables[0], differences(device, batch)))
     for table in tables:
         table.show()

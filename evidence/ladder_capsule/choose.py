@@ -15,7 +15,7 @@ from dataclasses import replace
 from run import CODE, PROTOCOLS, RESULTS, SIZES, UNIT, add, calm, data_of, finished, measured, networks, trained
 
 RATES = (1e-2, 3e-3, 1e-3)
-EPOCHS = 5  # a quarter of those of `run.py`
+EPOCHS = 5  # half of those of `run.py`
 SEED = 100
 FIELDS = ["model", "lr", "seed", "parameters", "ms_step", "train_loss", "train_accuracy", "val_accuracy", "images"]
 
