@@ -50,7 +50,7 @@ def main() -> None:
     if PATH.exists():
         with PATH.open() as file:
             done = {(row["hyper"], row["loss"], row["seed"]) for row in csv.DictReader(file)}
-    for seed in range(10):
+    for seed in range(5):
         for hyper, loss in itertools.product(("shared", "per_class"), ("paper", "code")):
             if (hyper, loss, str(seed)) in done:
                 continue

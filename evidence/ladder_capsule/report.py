@@ -112,11 +112,22 @@ def costs(cells: Cells, times: Path) -> str:
         timed = {row["model"]: row for row in csv.DictReader(file)}
     rows = []
     for model in dict.fromkeys(m for protocol in ("rotation", "clean") for m in models(cells, protocol)):
-        found = next(v for (_, m, _), seeds in cells.items() if m == model for v in seeds.values())
+        found = [v for (_, m, _), seeds in cells.items() if m == model for v in seeds.values()]
         row = timed[model]
-        rows.append([model, f"{int(found['parameters']):,}", row["ms"], row["fast_quarter"]])
+        trained = [
+            trained_to(cells, model, name, scale) for name, scale in (("train_loss", 1), ("train_accuracy", 100))
+        ]
+        rows.append([model, f"{int(found[0]['parameters']):,}", row["ms"], row["fast_quarter"], *trained])
     batch = next(iter(timed.values()))["batch"]
-    return markdown(["", "parameters", f"ms a step of {batch} images, median", "lower quartile"], rows)
+    columns = ["", "parameters", f"ms a step of {batch} images, median", "lower quartile"]
+    return markdown([*columns, "training loss, in rotations", "training accuracy, %"], rows)
+
+
+def trained_to(cells: Cells, model: str, name: str, scale: float) -> str:
+    """Return what training on rotations came to at its end, where that was measured."""
+    seeds = next((v for (p, m, _), v in cells.items() if (p, m) == ("rotation", model)), {})
+    values = [scale * v[name] for v in seeds.values() if name in v]
+    return interval(values, 3 if scale == 1 else 1) if values else ""
 
 
 def contents(path: Path) -> str:
