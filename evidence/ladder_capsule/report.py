@@ -107,13 +107,27 @@ def equivariance(cells: Cells, protocol: str = "rotation") -> str:
     return markdown(["", *(f"{angle:g}" for angle in angles)], rows)
 
 
-def costs(cells: Cells) -> str:
+def costs(cells: Cells, times: Path) -> str:
+    with times.open() as file:
+        timed = {row["model"]: row for row in csv.DictReader(file)}
     rows = []
     for model in dict.fromkeys(m for protocol in ("rotation", "clean") for m in models(cells, protocol)):
         found = [v for (_, m, _), seeds in cells.items() if m == model for v in seeds.values()]
-        times = sorted({v["ms_step"] for v in found})
-        rows.append([model, f"{int(found[0]['parameters']):,}", f"{np.median(times):.0f}", f"{len(times)}"])
-    return markdown(["", "parameters", "ms of processor a step", "runs"], rows)
+        row = timed[model]
+        trained = [
+            trained_to(cells, model, name, scale) for name, scale in (("train_loss", 1), ("train_accuracy", 100))
+        ]
+        rows.append([model, f"{int(found[0]['parameters']):,}", row["ms"], row["fast_quarter"], *trained])
+    batch = next(iter(timed.values()))["batch"]
+    columns = ["", "parameters", f"ms a step of {batch} images, median", "lower quartile"]
+    return markdown([*columns, "training loss, in rotations", "training accuracy, %"], rows)
+
+
+def trained_to(cells: Cells, model: str, name: str, scale: float) -> str:
+    """Return what training on rotations came to at its end, where that was measured."""
+    seeds = next((v for (p, m, _), v in cells.items() if (p, m) == ("rotation", model)), {})
+    values = [scale * v[name] for v in seeds.values() if name in v]
+    return interval(values, 3 if scale == 1 else 1) if values else ""
 
 
 def contents(path: Path) -> str:
@@ -126,9 +140,13 @@ def contents(path: Path) -> str:
         own = [row for row in rows if (row["hyper"], row["loss"]) == kind]
         percent = [interval([100 * float(row[name]) for row in own]) for name in ("accuracy", "swapped")]
         sizes = [interval([float(row[name]) for row in own], 3) for name in ("kept_length", "err_true")]
-        table.append([f"{kind[0]}, loss of the {kind[1]}", str(len(own)), *percent, *sizes])
-    columns = ["", "seeds", "accuracy, %", "with content of another image, %", "length of a kept capsule", "true error"]
-    return markdown(columns, table)
+        usual = [row for row in rows if (row["hyper"], row["loss"]) == (kind[0], "paper")]
+        paper = {row["seed"]: float(row["accuracy"]) for row in usual}
+        gaps = [100 * (float(row["accuracy"]) - paper[row["seed"]]) for row in own if row["seed"] in paper]
+        gap = "" if kind[1] == "paper" else interval(gaps)
+        table.append([f"{kind[0]}, loss of the {kind[1]}", str(len(own)), percent[0], gap, percent[1], *sizes])
+    columns = ["", "seeds", "accuracy, %", "minus the paper's loss", "with content of another image, %"]
+    return markdown([*columns, "length of a kept capsule", "true error"], table)
 
 
 def draw(cells: Cells, protocol: str) -> None:
@@ -149,7 +167,7 @@ def main() -> None:
     options = parser.parse_args()
     cells = read(HERE / "results" / f"{options.size}.csv")
     parts = {"code_alone": contents(HERE / "results" / "code_alone.csv")}
-    parts |= {"costs": costs(cells), "equivariance": equivariance(cells)}
+    parts |= {"costs": costs(cells, HERE / "results" / "times.csv"), "equivariance": equivariance(cells)}
     for protocol in dict.fromkeys(key[0] for key in cells):
         parts[protocol] = accuracies(cells, protocol)
         draw(cells, protocol)

@@ -319,7 +319,7 @@ def _trained(
 
 
 def _range(name: str, given: tuple[float, float]) -> tuple[float, float]:
-    if len(given) != 2 or not np.isfinite(given).all() or given[0] > given[1]:
+    if not isinstance(given, (list, tuple)) or len(given) != 2 or not np.isfinite(given).all() or given[0] > given[1]:
         raise InvalidArgument(f"{name}={given}: two finite numbers are needed, the lower one first.")
     return float(given[0]), float(given[1])
 

@@ -15,9 +15,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_methods.core._lightning import LightningModule, OneFamily, rank_zero_warn
 from lightning_methods.core.batches import Selector, inputs_of, targets_of
 from lightning_methods.core.passes import preserved
-from lightning_methods.errors import InvalidArgument, NotFinite, ShapeMismatch
+from lightning_methods.errors import BatchFormat, InvalidArgument, NotFinite, ShapeMismatch
 from lightning_methods.ladder_capsule.functional import class_targets, reconstruction_loss, wide
-from lightning_methods.ladder_capsule.layers import Activation, Decoder, PrimaryCapsules, check_positive
+from lightning_methods.ladder_capsule.layers import Activation, Decoder, PrimaryCapsules, check_positive, is_count
 from lightning_methods.ladder_capsule.metrics import PoseGeneralizationCurve
 from lightning_methods.report import curves, log_figure, log_table
 
@@ -81,8 +81,7 @@ class CapsuleModule(OneFamily, LightningModule):
         for name, number in (("lr", lr), ("decoder_weight", decoder_weight)):
             if not number > 0:
                 raise InvalidArgument(f"{name}={number}: a positive number is needed.")
-        height, breadth = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.image_shape = (in_channels, height, breadth)
+        self.image_shape = (in_channels, *_sides(image_size))
         self.num_classes = num_classes
         self.optimizer, self.scheduler, self.lr = optimizer, scheduler, lr
         self.inputs, self.targets = inputs, targets
@@ -115,6 +114,8 @@ class CapsuleModule(OneFamily, LightningModule):
                 f"The images have the shape {tuple(x.shape)}; (B, {', '.join(map(str, self.image_shape))}) is needed. "
                 "Change in_channels and image_size, or the images."
             )
+        if not x.is_floating_point():
+            raise BatchFormat(f"The images are {x.dtype}. Floating-point values are needed: images.float() / 255.")
         if not torch.compiler.is_compiling() and not self._warned and not bool(torch.isfinite(x).all()):
             self._warned = True
             rank_zero_warn("The images hold NaN or infinite values, and so will the loss.", category=NotFinite)
@@ -258,6 +259,13 @@ def plain(given: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in whole.items() if isinstance(v, (int, float, str, list))}
 
 
+def check_not_negative(**numbers: float | None) -> None:
+    """Raise `InvalidArgument` unless all numbers that are given are at least 0."""
+    for name, number in numbers.items():
+        if number is not None and not number >= 0:
+            raise InvalidArgument(f"{name}={number}: at least 0 is needed.")
+
+
 def best(scores: Tensor, count: int | Tensor) -> Tensor:
     """Return ones for the `count` highest activities of each row, the first of equal ones.
 
@@ -281,6 +289,13 @@ def is_correct(scores: Tensor, true: Tensor) -> Tensor:
     """
     present = ((true == true.amax(1, keepdim=True)) & (true > 0)).to(scores.dtype)
     return (best(scores, present.sum(1, keepdim=True)) == present).all(1)
+
+
+def _sides(image_size: int | Sequence[int]) -> tuple[int, int]:
+    sides = image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size)
+    if len(sides) != 2 or not all(is_count(side) for side in sides):
+        raise InvalidArgument(f"image_size={image_size!r}: the side of the images is needed, or (height, width).")
+    return sides[0], sides[1]
 
 
 def _convolution(image_shape: tuple[int, int, int], width: int, kernel_size: int) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from lightning_methods.core.passes import batches, preserved
 from lightning_methods.errors import InvalidArgument, UnsupportedTraining
 from lightning_methods.ladder_capsule.base import best
 from lightning_methods.ladder_capsule.drawing import entropy, image_grid, overlay
+from lightning_methods.ladder_capsule.layers import check_positive
 from lightning_methods.report import curves, is_reporting, log_figure, log_table
 
 # as in Sabour et al. 2017, section 5.1
@@ -74,16 +76,13 @@ class CapsuleMonitor(Callback):
         every_n_epochs: int = 1,
         log_prefix: str = "ladder_capsule",
     ) -> None:
-        if isinstance(data, str) and data not in ("train", "val", "test"):
+        if data not in ("train", "val", "test") if isinstance(data, str) else not hasattr(data, "__iter__"):
             raise InvalidArgument(f"data={data!r}: 'train', 'val', 'test' or a dataloader is needed.")
-        if min(limit, images, every_n_epochs) < 1:
-            raise InvalidArgument(
-                f"limit={limit}, images={images}, every_n_epochs={every_n_epochs}: at least 1 each is needed."
-            )
+        check_positive(limit=limit, images=images, every_n_epochs=every_n_epochs)
         if not 0 < dead_below < 1:
             raise InvalidArgument(f"dead_below={dead_below}: an activity between 0 and 1 is needed.")
-        if not steps:
-            raise InvalidArgument("steps is empty: at least one number to add to a pose is needed.")
+        if not steps or not all(isinstance(step, (int, float)) and math.isfinite(step) for step in steps):
+            raise InvalidArgument(f"steps={steps!r}: one or more finite numbers to add to a pose are needed.")
         self.data, self.limit, self.images, self.dead_below = data, limit, images, dead_below
         self.steps, self.every_n_epochs, self.log_prefix = tuple(steps), every_n_epochs, log_prefix
         self._begin()

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_methods.core.batches import inputs_of
-from lightning_methods.ladder_capsule.base import CapsuleModule, plain
+from lightning_methods.ladder_capsule.base import CapsuleModule, check_not_negative, plain
 from lightning_methods.ladder_capsule.functional import activities, margin_loss, safe_norm, squash
 from lightning_methods.ladder_capsule.layers import Activation, CapsuleOutput, DynamicRouting
 
@@ -91,6 +91,7 @@ class CapsuleNetwork(CapsuleModule):
         targets: int | str | Callable[[Any], Any] | None = None,
     ) -> None:
         settings = plain(locals())
+        check_not_negative(m_plus=m_plus, m_minus=m_minus, lam=lam)
         super().__init__(
             backbone,
             in_channels=in_channels,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -124,8 +125,9 @@ def capsules_of(features: Tensor, dim: int) -> Tensor:
             f"Feature maps {tuple(features.shape)} cannot be divided into capsules of {dim} dimensions. A shape "
             f"(B, types * {dim}, H, W) is needed: change the number of channels, or the dimension of a capsule."
         )
+    batch, channels, height, width = features.shape
     # channels last first: a plain view of NCHW would take neighbouring pixels of one channel for a capsule
-    return features.permute(0, 2, 3, 1).reshape(len(features), -1, dim)
+    return features.permute(0, 2, 3, 1).reshape(batch, height * width * channels // dim, dim)
 
 
 def top_capsules(activity: Tensor, k: int) -> Tensor:
@@ -167,6 +169,36 @@ def code_vector(indices: Tensor, num_caps: int, dtype: torch.dtype = torch.float
     return torch.zeros(*indices.shape[:-1], num_caps, dtype=dtype, device=indices.device).scatter(-1, indices, 1.0)
 
 
+class Maps(Protocol):
+    """Linear maps of every class and image, whether they are laid out or not."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(C, B, k, d, D)."""
+
+    def summed(self, votes: Tensor) -> Tensor:
+        """Return the poses `(C, B, D)` of capsules `(C, B, k * d)`, summed over these."""
+
+    def spread(self, poses: Tensor) -> Tensor:
+        """Return the capsules `(C, B, k * d)` of poses `(C, B, D)`."""
+
+
+class _LaidOut:
+    """Maps `(C, B, k, d, D)` as they stand, multiplied in float32 or better."""
+
+    def __init__(self, maps: Tensor) -> None:
+        self.shape, self._matrices = maps.shape, wide(maps).flatten(2, 3)
+
+    def summed(self, votes: Tensor) -> Tensor:
+        with torch.autocast(votes.device.type, enabled=False):
+            return (votes[:, :, None] @ self._matrices).squeeze(2)
+
+    def spread(self, poses: Tensor) -> Tensor:
+        with torch.autocast(poses.device.type, enabled=False):
+            # a row times a transposed matrix, which takes a third of the time of a matrix times a column
+            return (poses[:, :, None] @ self._matrices.mT).squeeze(2)
+
+
 class Inference(NamedTuple):
     """What the ladder finds: errors `(B, C)`, poses `(B, C, D)`, reconstructions `(B, C, k, d)`."""
 
@@ -175,7 +207,9 @@ class Inference(NamedTuple):
     reconstruction: Tensor
 
 
-def ladder_inference(active: Tensor, forward_maps: Tensor, inverse_maps: Tensor, coupling: Tensor) -> Inference:
+def ladder_inference(
+    active: Tensor, forward_maps: Tensor | Maps, inverse_maps: Tensor | Maps, coupling: Tensor
+) -> Inference:
     r"""Infer the pose of every class from the selected capsules, and the capsules from the pose.
 
     .. math::
@@ -183,7 +217,7 @@ def ladder_inference(active: Tensor, forward_maps: Tensor, inverse_maps: Tensor,
         \hat v_{ji} = \mathrm{squash}(W^{inv}_{ji} d_j), \quad
         e_j = \frac{1}{k} \sum_{i \in S} \lVert v_i - \hat v_{ji} \rVert
 
-    The length of the pose carries nothing of the class: :math:`1 - e_j` does. Computed in float32 or better.
+    The length of the pose carries nothing of the class: :math:`1 - e_j` does. Norms are computed in float32 or better.
 
     Shapes:
         active `(B, k, d)`, both maps `(C, B, k, d, D)`, coupling `(C, B, k)`.
@@ -196,32 +230,19 @@ def ladder_inference(active: Tensor, forward_maps: Tensor, inverse_maps: Tensor,
         >>> [tuple(x.shape) for x in ladder_inference(v, w, w, c)]
         [(1, 4), (1, 4, 5), (1, 4, 2, 3)]
     """
-    classes, batch, k, dim, pose_dim = forward_maps.shape
-    if (
-        active.shape != (batch, k, dim)
-        or inverse_maps.shape != forward_maps.shape
-        or coupling.shape
-        != (
-            classes,
-            batch,
-            k,
-        )
-    ):
+    shape = forward_maps.shape
+    if len(shape) != 5 or active.shape != shape[1:4] or inverse_maps.shape != shape or coupling.shape != shape[:3]:
         raise ShapeMismatch(
-            f"active {tuple(active.shape)}, forward_maps {tuple(forward_maps.shape)}, inverse_maps "
-            f"{tuple(inverse_maps.shape)} and coupling {tuple(coupling.shape)} do not fit together: (B, k, d), twice "
-            "(C, B, k, d, D) and (C, B, k) are needed."
+            f"active {tuple(active.shape)}, forward_maps {tuple(shape)}, inverse_maps {tuple(inverse_maps.shape)} and "
+            f"coupling {tuple(coupling.shape)} do not fit together: (B, k, d), twice (C, B, k, d, D) and (C, B, k) are "
+            "needed."
         )
-    with torch.autocast(active.device.type, enabled=False):
-        active, forward_maps, inverse_maps, coupling = map(wide, (active, forward_maps, inverse_maps, coupling))
-        # one product a class and image over capsules and dimensions together
-        votes = (coupling[..., None] * active).reshape(classes, batch, 1, k * dim)
-        summed = (votes @ forward_maps.reshape(classes, batch, k * dim, pose_dim)).squeeze(2)
-        poses = summed / (safe_norm(summed, keepdim=True) + _EPS)
-        # a row times a transposed matrix, which takes a third of the time of a matrix times a column
-        back = poses[:, :, None] @ inverse_maps.reshape(classes, batch, k * dim, pose_dim).transpose(2, 3)
-        reconstruction = squash(back.reshape(classes, batch, k, dim))
-        errors = safe_norm(active - reconstruction).mean(-1)
+    down, up = (_LaidOut(x) if isinstance(x, Tensor) else x for x in (forward_maps, inverse_maps))
+    active, coupling = wide(active), wide(coupling)
+    summed = wide(down.summed((coupling[..., None] * active).flatten(2)))
+    poses = summed / (safe_norm(summed, keepdim=True) + _EPS)
+    reconstruction = squash(up.spread(poses).unflatten(2, shape[2:4]))
+    errors = safe_norm(active - reconstruction).mean(-1)
     return Inference(errors.transpose(0, 1), poses.transpose(0, 1), reconstruction.transpose(0, 1))
 
 
@@ -249,22 +270,54 @@ def dynamic_routing(votes: Tensor, iters: int = 3, *, detach: bool = True) -> Te
         >>> dynamic_routing(torch.ones(1, 2, 3, 4)).shape
         torch.Size([1, 2, 4])
     """
-    if iters < 1:
-        raise InvalidArgument(f"iters={iters}: at least one iteration is needed.")
     if votes.ndim != 4:
         raise ShapeMismatch(f"votes have the shape {tuple(votes.shape)}; (B, C, N, D) is needed.")
     with torch.autocast(votes.device.type, enabled=False):
         votes = wide(votes).contiguous()  # once, not in every product
-        routed = votes.detach() if detach else votes
-        logits = torch.zeros(votes.shape[:3], dtype=votes.dtype, device=votes.device)
-        for _ in range(iters - 1):
-            poses = squash(_agreed(routed, logits))
-            logits = logits + (poses[:, :, None] @ routed.transpose(2, 3)).squeeze(2)
-        return squash(_agreed(votes, logits))
+        start = torch.zeros(votes.shape[:3], dtype=votes.dtype, device=votes.device)
+
+        def summed(shares: Tensor, *, last: bool) -> Tensor:
+            used = votes if last or not detach else votes.detach()
+            return (shares[:, :, None] @ used).squeeze(2)
+
+        def agreement(poses: Tensor) -> Tensor:
+            used = votes.detach() if detach else votes
+            return (poses[:, :, None] @ used.transpose(2, 3)).squeeze(2)
+
+        return route(start, summed, agreement, iters, dim=1)
 
 
-def _agreed(votes: Tensor, logits: Tensor) -> Tensor:
-    return (logits.softmax(1)[:, :, None, :] @ votes).squeeze(2)
+def route(
+    logits: Tensor,
+    summed: Callable[..., Tensor],
+    agreement: Callable[[Tensor], Tensor],
+    iters: int,
+    *,
+    dim: int,
+) -> Tensor:
+    """Return the squashed poses after `iters` iterations, for votes in any form.
+
+    Args:
+        logits: the first ones, 0 in the paper.
+        summed: from shares shaped like these, and whether it is the `last` iteration, to the sum of the votes.
+        agreement: from poses to what they add to the logits.
+        iters: iterations, at least one.
+        dim: along which the classes lie in the logits.
+
+    Raises:
+        InvalidArgument: for fewer than one iteration.
+
+    Example:
+        >>> votes = torch.ones(2, 3)  # of three capsules for two classes of one dimension
+        >>> route(torch.zeros(2, 3), lambda c, last: (c * votes).sum(1, keepdim=True), lambda v: v * votes, 3, dim=0)
+        tensor([[0.6923],
+                [0.6923]])
+    """
+    if not isinstance(iters, int) or iters < 1:
+        raise InvalidArgument(f"iters={iters!r}: a whole number of at least one iteration is needed.")
+    for _ in range(iters - 1):
+        logits = logits + agreement(squash(summed(logits.softmax(dim), last=False)))
+    return squash(summed(logits.softmax(dim), last=True))
 
 
 def class_targets(target: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -281,6 +334,8 @@ def class_targets(target: Tensor, num_classes: int, dtype: torch.dtype = torch.f
         >>> class_targets(torch.tensor([1]), 3)
         tensor([[0., 1., 0.]])
     """
+    if not isinstance(target, Tensor):
+        raise InvalidArgument(f"The targets are {type(target).__name__}. A tensor is needed: torch.as_tensor(targets).")
     if target.ndim == 1:
         if target.is_floating_point():
             raise InvalidArgument(f"The classes are {target.dtype}. Whole numbers (B,) or shares (B, C) are needed.")
@@ -320,7 +375,7 @@ def margin_loss(
 
     Raises:
         InvalidArgument: if a class is out of range.
-        ShapeMismatch: if activity and target do not fit together.
+        ShapeMismatch: if activity and target do not fit together, or there is no sample.
 
     Example:
         >>> margin_loss(torch.tensor([[0.8, 0.3]]), torch.tensor([0]))
@@ -331,6 +386,8 @@ def margin_loss(
             f"activity {tuple(activity.shape)} and target {tuple(target.shape)} do not fit together: (B, C), and (B,) "
             "or (B, C), are needed."
         )
+    if not len(activity):
+        raise ShapeMismatch("The batch is empty: the mean over no sample is no number.")
     with torch.autocast(activity.device.type, enabled=False):
         activity = wide(activity)
         true = class_targets(target, activity.shape[1], activity.dtype)

@@ -11,14 +11,57 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_methods.ladder_capsule.product import GradientMemory, product
+
 MapInit = Literal["xavier", "unit"]
+
+
+class Mixture(NamedTuple):
+    r"""Maps that are mixtures of others, and are never laid out.
+
+    .. math:: W = \sum_r a_r U_r + U_0, \qquad W^\top v = \sum_r a_r (U_r^\top v) + U_0^\top v, \qquad
+        W d = \sum_r U_r (a_r d) + U_0 d
+
+    take as many multiplications as W itself would, and no memory for it.
+
+    Shapes:
+        weights `(C, B, R)`; basis `(G, k * d, R * D)` and offset `(G, k * d, D)`, with G = C, or 1 for the same basis
+        of all classes; capsule `(k, d)`.
+    """
+
+    weights: Tensor
+    basis: Tensor
+    offset: Tensor
+    capsule: tuple[int, int]
+    memory: GradientMemory
+
+    @property
+    def shape(self) -> torch.Size:
+        """(C, B, k, d, D)."""
+        return torch.Size((*self.weights.shape[:2], *self.capsule, self.offset.shape[2]))
+
+    def summed(self, votes: Tensor) -> Tensor:
+        """Return the poses `(C, B, D)` of capsules `(C, B, k * d)`, summed over these."""
+        classes, batch, rank, width = *self.weights.shape, self.offset.shape[2]
+        rows = votes.to(self.basis.dtype).reshape(len(self.basis), -1, votes.shape[2])
+        mixed = product(rows, self.basis, self.memory).reshape(classes, batch, rank, width)
+        offset = (rows @ self.offset).reshape(classes, batch, width)
+        return (self.weights[:, :, None] @ mixed).squeeze(2) + offset
+
+    def spread(self, poses: Tensor) -> Tensor:
+        """Return the capsules `(C, B, k * d)` of poses `(C, B, D)`."""
+        groups, poses = len(self.basis), poses.to(self.basis.dtype)
+        mixed = (self.weights[..., None] * poses[:, :, None]).reshape(groups, -1, self.basis.shape[2])
+        offset = poses.reshape(groups, -1, poses.shape[2]) @ self.offset.mT
+        spread = product(mixed, self.basis, self.memory, transposed=True) + offset
+        return spread.reshape(*poses.shape[:2], self.basis.shape[1])
 
 
 class Maps(NamedTuple):
     """Forward and inverse maps `(C, B, k, d, D)` and the coupling `(C, B, k)`."""
 
-    forward_maps: Tensor
-    inverse_maps: Tensor
+    forward_maps: Mixture
+    inverse_maps: Mixture
     coupling: Tensor
 
 
@@ -68,6 +111,39 @@ class CodeLinear(nn.Module):
         return [x.transpose(0, 1) for x in shaped]
 
 
+class MapMixer(nn.Module):
+    """The last layer of networks that make maps: from its inputs `(C, B, R)` to maps `(C, B, k, d, D)`.
+
+    Args:
+        groups: number of classes, or 1 for the same layer of all.
+        n_in: number of inputs R.
+        shape: (k, d, D).
+        init: `"xavier"` or `"unit"`, see `LadderHead`.
+    """
+
+    def __init__(self, groups: int, n_in: int, shape: tuple[int, int, int], init: MapInit) -> None:
+        super().__init__()
+        k, in_dim, out_dim = shape
+        self.capsule, self._memory = (k, in_dim), GradientMemory()
+        self.weight = nn.Parameter(torch.empty(groups, k * in_dim, n_in * out_dim))
+        self.bias = nn.Parameter(torch.empty(groups, k * in_dim, out_dim))
+        xavier_(self.weight, n_in, math.prod(shape))
+        vector_xavier_(self.bias, math.prod(shape))
+        if init == "unit":
+            # a pose of length 1 is mapped to a capsule of about length 1
+            nn.init.normal_(self.bias, std=1 / math.sqrt(in_dim))
+
+    def forward(self, weights: Tensor) -> Mixture:
+        """Return the maps."""
+        return Mixture(weights, self.weight, self.bias, self.capsule, self._memory)
+
+    def train(self, mode: bool = True) -> MapMixer:
+        """Set the mode; no memory is held for gradients that do not come."""
+        if not mode:
+            self._memory.release()
+        return super().train(mode)
+
+
 class PerClassHyperNetworks(nn.Module):
     """Three networks a class as in the paper, no weight shared: 75.5 million parameters at the official size.
 
@@ -94,21 +170,19 @@ class PerClassHyperNetworks(nn.Module):
         map_init: MapInit,
     ) -> None:
         super().__init__()
-        self.shape = (k, in_dim, out_dim)
         self.num_classes = num_classes
         self.code = CodeLinear(num_caps, [(2 * num_classes, hidden[0]), (num_classes, coupling_hidden[0])])
-        last = GroupedLinear(2 * num_classes, hidden[-1], math.prod(self.shape))
-        self.maps = _chain(2 * num_classes, hidden).append(nn.ReLU()).append(last)
+        self.hidden = _chain(2 * num_classes, hidden).append(nn.ReLU())
+        self.forward_maps, self.inverse_maps = (
+            MapMixer(num_classes, hidden[-1], (k, in_dim, out_dim), map_init) for _ in range(2)
+        )
         self.coupling = _chain(num_classes, [*coupling_hidden, k])
-        if map_init == "unit":
-            unit_maps_(last, in_dim)
 
     def forward(self, indices: Tensor) -> Maps:
         """Return the maps and the coupling for the codes at `indices` `(B, k)`."""
-        maps, coupling = self.code(indices)
-        maps = self.maps(maps).unflatten(-1, self.shape)
-        forward_maps, inverse_maps = maps.split(self.num_classes)
-        return Maps(forward_maps, inverse_maps, self.coupling(coupling).sigmoid())
+        code, coupling = self.code(indices)
+        forward, inverse = self.hidden(code).split(self.num_classes)
+        return Maps(self.forward_maps(forward), self.inverse_maps(inverse), self.coupling(coupling).sigmoid())
 
 
 class SharedHyperNetworks(nn.Module):
@@ -137,36 +211,26 @@ class SharedHyperNetworks(nn.Module):
         map_init: MapInit,
     ) -> None:
         super().__init__()
-        self.shape = (k, in_dim, out_dim)
         self.num_classes = num_classes
         self.code = CodeLinear(num_caps, [(1, hidden[0])])
-        self.trunk = nn.Sequential(*_chain(1, hidden), nn.ReLU())
+        self.trunk = _chain(1, hidden).append(nn.ReLU())
         self.mixture = GroupedLinear(2 * num_classes, hidden[-1], rank)
-        self.basis = GroupedLinear(2, rank, math.prod(self.shape))
+        self.forward_maps, self.inverse_maps = (MapMixer(1, rank, (k, in_dim, out_dim), map_init) for _ in range(2))
         self.coupling = GroupedLinear(num_classes, hidden[-1], k)
-        if map_init == "unit":
-            unit_maps_(self.basis, in_dim)
 
     def forward(self, indices: Tensor) -> Maps:
         """Return the maps and the coupling for the codes at `indices` `(B, k)`."""
         (code,) = self.code(indices)
         trunk = self.trunk(code)
-        mixture = self.mixture(trunk.expand(2 * self.num_classes, -1, -1))
-        maps = self.basis(mixture.reshape(2, -1, mixture.shape[-1]))
-        forward_maps, inverse_maps = maps.reshape(2, self.num_classes, -1, *self.shape)
+        forward, inverse = self.mixture(trunk.expand(2 * self.num_classes, -1, -1)).split(self.num_classes)
         coupling = self.coupling(trunk.expand(self.num_classes, -1, -1))
-        return Maps(forward_maps, inverse_maps, coupling.sigmoid())
+        return Maps(self.forward_maps(forward), self.inverse_maps(inverse), coupling.sigmoid())
 
 
 def _chain(groups: int, widths: Sequence[int]) -> nn.Sequential:
     """Return a ReLU and a linear layer a step from a width to the next."""
     steps = ((nn.ReLU(), GroupedLinear(groups, a, b)) for a, b in itertools.pairwise(widths))
     return nn.Sequential(*itertools.chain.from_iterable(steps))
-
-
-def unit_maps_(last: GroupedLinear, in_dim: int) -> None:
-    """Draw biases that map a pose of length 1 to a capsule of about length 1."""
-    nn.init.normal_(last.bias, std=1 / math.sqrt(in_dim))
 
 
 def xavier_(weight: Tensor, fan_in: int, fan_out: int) -> None:

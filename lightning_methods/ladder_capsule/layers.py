@@ -15,15 +15,17 @@ from lightning_methods.ladder_capsule.functional import (
     activities,
     capsules_of,
     code_vector,
-    dynamic_routing,
     ladder_inference,
+    route,
     squash,
     top_capsules,
+    wide,
 )
 from lightning_methods.ladder_capsule.hyper import MapInit, PerClassHyperNetworks, SharedHyperNetworks
 
 Activation = Literal["relu", "none"]
 HyperNetworks = Literal["per_class", "shared"]
+_PIECE = 2**22  # bytes
 
 
 class PrimaryCapsules(nn.Module):
@@ -165,8 +167,8 @@ class LadderOutput(NamedTuple):
 class LadderHead(nn.Module):
     """Higher-level capsules whose maps are made from the code vector, and the reverse inference that rates them.
 
-    All classes are computed in batched products, and the product with the code vector is a sum of k rows: the same
-    numbers as a loop over classes with dense products.
+    All classes are computed in batched products that never lay the maps out, and the product with the code vector is a
+    sum of k rows: the same numbers as a loop over classes with dense products.
 
     Shapes:
         `Pruned` with `k` capsules of `in_dim` -> `LadderOutput`.
@@ -222,7 +224,7 @@ class LadderHead(nn.Module):
                 f"k={k} keeps every capsule: the code vector is always the same, and so are the maps. Lower k.",
                 category=NoEffect,
             )
-        coupling = [k] * 3 if coupling_hidden is None else list(coupling_hidden)
+        coupling = [k] * 3 if coupling_hidden is None else coupling_hidden
         check_widths(hidden=hidden, coupling_hidden=coupling)
         self.num_caps, self.k, self.in_dim = num_caps, k, in_dim
         sizes = (num_caps, num_classes, k, in_dim, out_dim, list(hidden))
@@ -252,7 +254,7 @@ class CapsuleOutput(NamedTuple):
 
 
 class DynamicRouting(nn.Module):
-    """Class capsules by routing-by-agreement, all classes in one product.
+    """Class capsules by routing-by-agreement, whose votes are never laid out.
 
     Shapes:
         squashed capsules `(B, N, d)` -> poses `(B, C, D)`, whose length is the activity of the class.
@@ -291,20 +293,42 @@ class DynamicRouting(nn.Module):
         if not init_std > 0:
             raise InvalidArgument(f"init_std={init_std}: a positive standard deviation is needed.")
         self.iters, self.detach = iters, detach
-        self.weight = nn.Parameter(init_std * torch.randn(num_caps, in_dim, num_classes, out_dim))
+        # a class after the other, and capsules beside each other in every dimension: what the products read in order
+        self.weight = nn.Parameter(init_std * torch.randn(num_classes, in_dim, num_caps, out_dim))
 
     def forward(self, capsules: Tensor) -> Tensor:
         """Return the poses of all classes."""
-        num_caps, in_dim, classes, out_dim = self.weight.shape
+        classes, in_dim, num_caps, _ = self.weight.shape
         if capsules.ndim != 3 or capsules.shape[1:] != (num_caps, in_dim):
             raise ShapeMismatch(
                 f"capsules have the shape {tuple(capsules.shape)}; (B, {num_caps}, {in_dim}) is needed. Was the "
                 "network made for images of another size?"
             )
-        votes = torch.bmm(capsules.transpose(0, 1).to(self.weight.dtype), self.weight.flatten(2)).unflatten(
-            -1, (classes, out_dim)
-        )
-        return dynamic_routing(votes.permute(1, 2, 0, 3), self.iters, detach=self.detach)
+        with torch.autocast(capsules.device.type, enabled=False):
+            parts = wide(capsules).transpose(1, 2).contiguous()  # (B, d, N)
+            maps = wide(self.weight).flatten(1, 2)  # (C, d * N, D)
+            logits = torch.zeros(classes, len(parts), num_caps, dtype=parts.dtype, device=parts.device)
+            poses = self._routed(logits, parts.to(maps.dtype), maps)
+        return poses.transpose(0, 1)
+
+    def _routed(self, logits: Tensor, parts: Tensor, maps: Tensor) -> Tensor:
+        """Route votes that are never laid out: shares scale the capsules, and poses are mapped back to these."""
+        held = (parts.detach(), maps.detach()) if self.detach else (parts, maps)
+        # on a CPU a few classes at a time: what lies between two products stays in the cache and needs no fresh memory
+        whole = parts.device.type != "cpu" or torch.compiler.is_compiling()
+        some = len(maps) if whole else max(1, _PIECE // max(1, parts.nbytes))
+
+        def summed(shares: Tensor, *, last: bool) -> Tensor:
+            given, used = (parts, maps) if last else held
+            pairs = zip(shares.split(some), used.split(some), strict=True)
+            return torch.cat([(c[:, :, None] * given).flatten(2) @ w for c, w in pairs])
+
+        def agreement(poses: Tensor) -> Tensor:
+            given, used = held
+            pairs = zip(poses.split(some), used.split(some), strict=True)
+            return torch.cat([((v @ w.mT).unflatten(2, given.shape[1:]) * given).sum(2) for v, w in pairs])
+
+        return route(logits, summed, agreement, self.iters, dim=0)
 
 
 class Decoder(nn.Module):
@@ -353,12 +377,23 @@ class Decoder(nn.Module):
 def check_positive(**numbers: int) -> None:
     """Raise `InvalidArgument` unless all numbers are whole and at least 1."""
     for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        if not is_count(number):
             raise InvalidArgument(f"{name}={number!r}: a whole number of at least 1 is needed.")
+
+
+def is_count(number: object) -> bool:
+    """Tell whether this is a whole number of at least 1.
+
+    Example:
+        >>> is_count(3), is_count(3.0), is_count(True), is_count(0)
+        (True, False, False, False)
+    """
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
 
 
 def check_widths(**layers: Sequence[int]) -> None:
     """Raise `InvalidArgument` unless there is a width and all are positive."""
     for name, widths in layers.items():
-        if not widths or any(width < 1 for width in widths):
-            raise InvalidArgument(f"{name}={list(widths)}: one or more widths of at least 1 are needed.")
+        shown = list(widths) if isinstance(widths, (list, tuple)) else widths
+        if not isinstance(shown, list) or not shown or not all(is_count(width) for width in shown):
+            raise InvalidArgument(f"{name}={shown!r}: one or more whole widths of at least 1 are needed.")

@@ -74,6 +74,8 @@ class PoseGeneralizationCurve(_InFloat64):
         """Add a batch: (classes, true classes, level), or (whether correct, level)."""
         if level is None:
             correct, level = preds, target
+            if not bool(((correct == 0) | (correct == 1)).all()):
+                raise InvalidArgument("Without classes, whether each sample is correct is needed: 0 or 1.")
         else:
             target = torch.as_tensor(target, device=preds.device)
             if preds.shape != target.shape:
@@ -92,6 +94,8 @@ class PoseGeneralizationCurve(_InFloat64):
         if not self.correct:
             raise InvalidArgument("PoseGeneralizationCurve saw no sample; call update first.")
         correct, level = dim_zero_cat(self.correct), dim_zero_cat(self.level)
+        if not len(correct):
+            raise InvalidArgument("PoseGeneralizationCurve saw empty batches alone.")
         levels, place = level.unique(return_inverse=True)
         count = torch.zeros_like(levels).index_add(0, place, torch.ones_like(correct))
         accuracy = torch.zeros_like(levels).index_add(0, place, correct) / count
@@ -124,7 +128,8 @@ class EquivarianceR2(_InFloat64):
         kwargs: arguments of `torchmetrics.Metric`.
 
     Raises:
-        InvalidArgument: if `ridge` is not positive, or `compute` has not four samples (of any class).
+        InvalidArgument: if `ridge` is not positive, a representation is not finite, or `compute` has not four samples
+            (of any class).
         ShapeMismatch: if shapes differ, or only some batches bring classes.
 
     Example:
@@ -160,6 +165,8 @@ class EquivarianceR2(_InFloat64):
             )
         if classes is not None and classes.shape != representation.shape[:1]:
             raise ShapeMismatch(f"{len(representation)} samples and classes {tuple(classes.shape)}; (B,) is needed.")
+        if not bool(torch.isfinite(representation).all() & torch.isfinite(moved).all()):
+            raise InvalidArgument("The representation is not finite.")
         if self.before and (classes is None) != (not self.classes):
             raise ShapeMismatch("Some batches came with classes and some without.")
         self.before.append(representation.detach().double())

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, StepLR
 
 from lightning_methods.core.batches import inputs_of
 from lightning_methods.errors import InvalidArgument, check_choice
-from lightning_methods.ladder_capsule.base import CapsuleModule, plain
+from lightning_methods.ladder_capsule.base import CapsuleModule, check_not_negative, plain
 from lightning_methods.ladder_capsule.functional import (
     PRESETS,
     LossName,
@@ -27,6 +27,7 @@ from lightning_methods.ladder_capsule.layers import (
     LadderHead,
     LadderOutput,
     PruningLayer,
+    is_count,
 )
 
 
@@ -133,11 +134,11 @@ class LadderCapsuleNetwork(CapsuleModule):
         check_choice("loss", loss, PRESETS)
         if reg is not None:
             check_choice("reg", reg, ("l2", "l1_mean"))
-        for name, number in (("reg_weight", reg_weight), ("lam", lam), ("m_plus", m_plus), ("m_minus", m_minus)):
-            if number is not None and not number >= 0:
-                raise InvalidArgument(f"{name}={number}: at least 0 is needed.")
-        if not lr_gamma > 0 or lr_step < 1:
-            raise InvalidArgument(f"lr_gamma={lr_gamma}, lr_step={lr_step}: a positive factor and step are needed.")
+        check_not_negative(reg_weight=reg_weight, lam=lam, m_plus=m_plus, m_minus=m_minus)
+        if not lr_gamma > 0 or not is_count(lr_step):
+            raise InvalidArgument(
+                f"lr_gamma={lr_gamma}, lr_step={lr_step}: a positive factor and a whole number of steps are needed."
+            )
         super().__init__(
             backbone,
             in_channels=in_channels,
@@ -195,7 +196,8 @@ class LadderCapsuleNetwork(CapsuleModule):
 
         Returns:
             `class` `(B,)`; `errors` `(B, C)`; `pose` `(B, D)` of that class; `capsules` `(B, k)`, the positions of the
-            kept capsules; `outlier_score` `(B,)`, the smallest error: large where no class explains the image.
+            kept capsules; `outlier_score` `(B,)`, the smallest error: large where no class explains the image (and 0
+            where there is nothing to explain, every kept capsule being 0).
         """
         out = self(inputs_of(batch, self.inputs))
         smallest, found = out.errors.min(1)

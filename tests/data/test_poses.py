@@ -244,6 +244,7 @@ def test_cifar_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ({"preset": "affnist", "test_scales": (1.0,)}, "test_scales are given too"),
         ({"train_rotation": (30, -30)}, "the lower one first"),
         ({"train_rotation": (0, float("nan"))}, "finite"),
+        ({"train_rotation": 30}, "train_rotation=30"),
         ({"train_scale": (0.0, 1.0)}, "positive sizes"),
         ({"train_translation": -1}, "train_translation=-1"),
         ({"test_rotations": ()}, "at least one"),

@@ -52,7 +52,7 @@ def direct_head(head: torch.nn.Module, capsules: Tensor, kept: Tensor) -> tuple[
     active = torch.stack([capsules[b, kept[b]] for b in range(batch)])
     norm = active.norm(dim=-1, keepdim=True)
     active = norm**2 / (1 + norm**2) * active / (norm + EPS)
-    classes, k, dim, pose_dim = hyper.num_classes, *hyper.shape
+    classes, (k, dim) = hyper.num_classes, hyper.forward_maps.capsule
     maps_weight, coupling_weight = hyper.code.weight.split([g * w for g, w in hyper.code.blocks], dim=1)
     maps_bias, coupling_bias = hyper.code.bias.split([g * w for g, w in hyper.code.blocks])
     first, last = hyper.code.blocks[0][1], hyper.code.blocks[1][1]
@@ -64,10 +64,14 @@ def direct_head(head: torch.nn.Module, capsules: Tensor, kept: Tensor) -> tuple[
             x = x.clamp(min=0) if isinstance(layer, torch.nn.ReLU) else x @ layer.weight[group] + layer.bias[group]
         return x
 
+    def maps(j: int, last: torch.nn.Module, group: int) -> Tensor:
+        x = network(hyper.hidden, group, maps_weight, maps_bias, first)
+        weight = last.weight[j].view(k, dim, x.shape[1], -1)
+        return torch.einsum("br,kdre->bkde", x, weight) + last.bias[j].view(k, dim, -1)
+
     errors, poses = [], []
     for j in range(classes):
-        forward = network(hyper.maps, j, maps_weight, maps_bias, first).view(batch, k, dim, pose_dim)
-        inverse = network(hyper.maps, classes + j, maps_weight, maps_bias, first).view(batch, k, dim, pose_dim)
+        forward, inverse = maps(j, hyper.forward_maps, j), maps(j, hyper.inverse_maps, classes + j)
         share = torch.sigmoid(network(hyper.coupling, j, coupling_weight, coupling_bias, last))
         summed = torch.einsum("bk,bkd,bkde->be", share, active, forward)
         pose = summed / (summed.norm(dim=-1, keepdim=True) + EPS)

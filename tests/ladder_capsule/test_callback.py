@@ -81,7 +81,10 @@ def test_only_capsule_networks_are_watched(tmp_path: Path) -> None:
         ({"images": 0}, "images=0"),
         ({"every_n_epochs": 0}, "every_n_epochs=0"),
         ({"dead_below": 0.0}, "dead_below=0"),
-        ({"steps": ()}, "steps is empty"),
+        ({"steps": ()}, r"steps=\(\)"),
+        ({"steps": "abc"}, "steps='abc'"),
+        ({"limit": 2.5}, "limit=2.5"),
+        ({"data": None}, "data=None"),
     ],
 )
 def test_refuses(settings, message) -> None:

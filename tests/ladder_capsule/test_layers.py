@@ -15,8 +15,8 @@ from lightning_methods.ladder_capsule import (
     ladder_loss,
     squash,
 )
-from lightning_methods.ladder_capsule.functional import capsules_of
-from lightning_methods.ladder_capsule.hyper import CodeLinear
+from lightning_methods.ladder_capsule.functional import capsules_of, ladder_inference
+from lightning_methods.ladder_capsule.hyper import CodeLinear, Mixture
 from lightning_methods.ladder_capsule.layers import Decoder
 from tests.ladder_capsule import oracle
 
@@ -131,14 +131,35 @@ def test_every_parameter_gets_a_finite_gradient(hyper) -> None:
     assert torch.allclose(out.errors, out.reconstruction.norm(dim=-1).mean(-1), atol=1e-6)
 
 
+def laid_out(maps: Mixture) -> torch.Tensor:
+    k, dim = maps.capsule
+    basis = maps.basis.unflatten(2, (maps.weights.shape[2], -1))
+    basis, offset = (x.expand(len(maps.weights), *x.shape[1:]) for x in (basis, maps.offset))
+    whole = torch.einsum("cbr,cnre->cbne", maps.weights, basis) + offset[:, None]
+    return whole.unflatten(2, (k, dim))
+
+
+@pytest.mark.parametrize("hyper", ["per_class", "shared"])
+def test_maps_that_are_not_laid_out_are_the_maps(hyper) -> None:
+    head, pruned = made_head(hyper), PruningLayer(5)(made_capsules())
+    maps = head.hyper(pruned.indices)
+    whole = [laid_out(x) for x in maps[:2]]
+    assert all(x.shape == y.shape == (4, 3, 5, 3, 6) for x, y in zip(whole, maps[:2], strict=True))
+    direct, ours = ladder_inference(pruned.active, *whole, maps.coupling), head(pruned)
+    assert all(torch.allclose(a, b, atol=1e-10, rtol=0) for a, b in zip(direct, ours[:3], strict=True))
+    parameters = list(head.parameters())
+    ours, direct = (torch.autograd.grad(x.errors.square().sum(), parameters, retain_graph=True) for x in (ours, direct))
+    assert all(torch.allclose(a, b, atol=1e-10, rtol=0) for a, b in zip(ours, direct, strict=True))
+
+
 def test_shared_maps_are_mixtures_and_classes_differ() -> None:
     head = made_head("shared")
     maps = head.hyper(PruningLayer(5)(made_capsules()).indices)
-    assert maps.forward_maps.shape == maps.inverse_maps.shape == (4, 3, 5, 3, 6)
     assert maps.coupling.shape == (4, 3, 5)
-    centred = (maps.forward_maps - head.hyper.basis.bias[0].view(5, 3, 6)).flatten(2).flatten(0, 1)
+    whole = laid_out(maps.forward_maps)
+    centred = (whole - head.hyper.forward_maps.bias[0].view(5, 3, 6)).flatten(2).flatten(0, 1)
     assert torch.linalg.matrix_rank(centred) == 4
-    assert not torch.allclose(maps.forward_maps[0], maps.forward_maps[1])
+    assert not torch.allclose(whole[0], whole[1])
 
 
 @pytest.mark.parametrize("hyper", ["per_class", "shared"])
@@ -207,7 +228,7 @@ def test_head_refuses() -> None:
 def test_votes_of_the_routing_layer() -> None:
     layer = DynamicRouting(5, 3, 2, 4).double()
     x = squash(torch.randn(2, 5, 2, dtype=torch.float64))
-    votes = torch.einsum("bnd,ndce->bcne", x, layer.weight)
+    votes = torch.einsum("bnd,cdne->bcne", x, layer.weight)
     assert torch.allclose(layer(x), oracle.direct_routing(votes, 3), atol=1e-10)
     with pytest.raises(ShapeMismatch, match=r"\(B, 5, 2\)"):
         layer(torch.zeros(2, 6, 2))

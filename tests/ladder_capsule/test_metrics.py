@@ -46,6 +46,11 @@ def test_curve_refuses() -> None:
         curve.update(torch.tensor([1, 2]), torch.tensor([1, 2]), torch.tensor([0.0, 1.0, 2.0]))
     with pytest.raises(InvalidArgument, match="not finite"):
         curve.update(torch.tensor([1]), torch.tensor([1]), float("nan"))
+    with pytest.raises(InvalidArgument, match="0 or 1"):
+        curve.update(torch.tensor([3, 1]), 15.0)
+    curve.update(torch.zeros(0), torch.zeros(0), 0.0)
+    with pytest.raises(InvalidArgument, match="empty batches"):
+        curve.compute()
 
 
 # --- equivariance
@@ -110,6 +115,8 @@ def test_equivariance_refuses() -> None:
         metric.update(torch.rand(3, 2), torch.rand(3, 3))
     with pytest.raises(ShapeMismatch, match=r"\(B,\) is needed"):
         metric.update(torch.rand(3, 2), torch.rand(3, 2), torch.tensor([1]))
+    with pytest.raises(InvalidArgument, match="not finite"):
+        metric.update(torch.rand(3, 2), torch.full((3, 2), torch.nan))
     metric.update(torch.rand(3, 2), torch.rand(3, 2))
     with pytest.raises(ShapeMismatch, match="some without"):
         metric.update(torch.rand(3, 2), torch.rand(3, 2), torch.tensor([1, 1, 0]))

@@ -154,13 +154,13 @@ def test_the_whole_network_compiles_without_a_break(make, batch) -> None:
 # --- training
 
 
-def test_fits_a_hundred_images(tmp_path: Path) -> None:
+def test_fits_a_hundred_images() -> None:
     data = PoseDataModule("digits", train_rotation=(0, 0), train_size=100)
     data.setup("fit")
     x, y = data.train_dataset.__getitems__(range(100)).inputs, data.train_dataset.targets
     model = ladder(width=32, types=8, num_classes=10, lr=5e-3, k=16, map_init="unit")
     loader = DataLoader(TensorDataset(x, y), 25, shuffle=True)
-    quiet_trainer(tmp_path, max_epochs=60, enable_progress_bar=False).fit(model, loader)
+    Trainer(max_epochs=60, accelerator="cpu", limit_val_batches=0, barebones=True).fit(model, loader)
     assert torch.equal(model.predict_step(x, 0)["class"], y)
 
 
@@ -274,6 +274,13 @@ def test_images_too_small_for_the_kernels() -> None:
         ({"lam": -1.0}, "lam=-1"),
         ({"lr": 0.0}, "lr=0"),
         ({"lr_step": 0}, "lr_step=0"),
+        ({"lr_step": 1.5}, "lr_step=1.5"),
+        ({"hidden": 8}, "hidden=8"),
+        ({"hidden": (8.5,)}, r"hidden=\[8.5\]"),
+        ({"coupling_hidden": ("8",)}, "coupling_hidden"),
+        ({"image_size": (8, 8, 1)}, r"image_size=\(8, 8, 1\)"),
+        ({"image_size": 8.0}, "image_size=8.0"),
+        ({"image_size": 0}, "image_size=0"),
         ({"activation": "tanh"}, "activation='tanh'"),
         ({"decoder": True, "decoder_hidden": ()}, "decoder_hidden"),
         ({"decoder": True, "decoder_weight": 0.0}, "decoder_weight=0"),
@@ -295,9 +302,23 @@ def test_batches_that_cannot_be(make, batch) -> None:
         make().training_step((x, torch.rand(24, 4)), 0)
     with pytest.raises(BatchFormat, match="targets"):
         make().training_step(x, 0)
+    with pytest.raises(BatchFormat, match=r"torch.uint8.*float\(\) / 255"):
+        make()((255 * x).byte())
+    with pytest.raises(InvalidArgument, match="targets are list"):
+        make().training_step((x, y.tolist()), 0)
+    with pytest.raises(ShapeMismatch, match="batch is empty"):
+        make().training_step((x[:0], y[:0]), 0)
+    assert all(len(found) == 0 for found in make().predict_step(x[:0], 0).values())
     x[0, 0, 0, 0] = torch.nan
     with pytest.warns(NotFinite, match="NaN"):
         make().training_step((x, y), 0)
+
+
+def test_capsnet_refuses_constants_that_cannot_be() -> None:
+    for name in ("m_plus", "m_minus", "lam"):
+        for value in (-1.0, float("nan")):
+            with pytest.raises(InvalidArgument, match=f"{name}={value}"):
+                capsnet(**{name: value})
 
 
 def test_a_picture_needs_a_decoder(batch) -> None:
