@@ -191,9 +191,11 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.memory_of:
         optimizer = maker(options.memory_of, "MLP", "cpu")
-        other = nn.Parameter(torch.randn(3, 10_000))
-        other.grad = torch.randn(3, 10_000)
-        LearnedOptimizer([other], weights=options.memory_of).step()  # what the first step of a process needs once
+        others = [nn.Parameter(torch.randn(n)) for n in (100, 30_000, 7)]
+        for p in others:
+            p.grad = torch.randn(p.shape)
+        warm = LearnedOptimizer(others, weights=options.memory_of)
+        warm.step()  # what the first step of a process needs once; it stays, so that its memory is not taken up again
         for p in optimizer.param_groups[0]["params"]:
             optimizer._state_of(p)["momenta"].fill_(0.0)  # memory is the process's once it is written to
         print(json.dumps(extra_memory(optimizer.step, "cpu") / state_size(optimizer)))

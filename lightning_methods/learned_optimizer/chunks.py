@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_methods.learned_optimizer.functional import DECAYS
 
-CHUNK = 8192
-"""Elements of a chunk; its hidden units take a megabyte."""
+CHUNK = 10240
+"""Elements of a chunk; its hidden units take little more than a megabyte."""
 
 
 class Entry(NamedTuple):
@@ -50,77 +50,88 @@ class Entry(NamedTuple):
         return [(name, self.state[name]) for name in ("momenta", "second_moment") if name in self.state]
 
 
-class Piece(NamedTuple):
-    """A run of elements of one tensor, as views.
+class Cuts(NamedTuple):
+    """Where tensors are cut that lie one behind the other.
 
     Attributes:
-        tensor: which one.
-        parameter: `(n,)`.
-        gradient: `(n,)`.
-        momenta: `(6, n)`.
-        second: Adam's second moment `(n,)`, where there is one.
+        runs: of each tensor, the lengths of its runs.
+        chunks: of each chunk, the tensors of its runs and their lengths.
     """
 
-    tensor: int
-    parameter: Tensor
-    gradient: Tensor
-    momenta: Tensor
-    second: Tensor | None = None
-
-
-class Chunk(NamedTuple):
-    """Pieces that are taken together, and their lengths."""
-
-    pieces: list[Piece]
-    lengths: list[int]
+    runs: list[list[int]]
+    chunks: list[tuple[list[int], list[int]]]
 
 
 @lru_cache(maxsize=64)
-def cuts(sizes: tuple[int, ...], chunk: int) -> tuple[list[list[int]], list[int]]:
-    """Return the lengths of the pieces of each tensor, and how many pieces each chunk has.
+def cuts(sizes: tuple[int, ...], most: int) -> Cuts:
+    """Return where to cut tensors of these sizes, none of them zero, into chunks of at most `most` elements.
 
     Example:
-        >>> cuts((300, 5, 200), 256)
-        ([[256, 44], [5], [200]], [1, 3])
+        >>> cuts((300, 5), 256)
+        Cuts(runs=[[256, 44], [5]], chunks=[([0], [256]), ([0, 1], [44, 5])])
     """
-    pieces: list[list[int]] = []
-    counts: list[int] = []
+    found = Cuts([], [])
     room = 0
-    for left in sizes:
-        pieces.append([])
+    for tensor, left in enumerate(sizes):
+        found.runs.append([])
         while left:
             if not room:
-                counts.append(0)
-                room = chunk
+                found.chunks.append(([], []))
+                room = most
             length = min(left, room)
-            pieces[-1].append(length)
-            counts[-1] += 1
+            found.runs[-1].append(length)
+            for own, value in zip(found.chunks[-1], (tensor, length), strict=True):
+                own.append(value)
             left, room = left - length, room - length
-    return pieces, counts
+    return found
 
 
-def chunks_of(entries: Sequence[Entry], chunk: int) -> list[Chunk]:
+class Chunk(NamedTuple):
+    """Runs of elements that are taken together: of each the tensor that it is of, its length, and views of it.
+
+    Attributes:
+        tensors: indices of the tensors.
+        lengths: elements of each run.
+        parameters: `(n,)` each.
+        gradients: `(n,)`.
+        momenta: `(6, n)`.
+        seconds: Adam's second moments `(n,)`, where there are any.
+    """
+
+    tensors: list[int]
+    lengths: list[int]
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    momenta: list[Tensor]
+    seconds: list[Tensor]
+
+    def split(self, values: Tensor) -> Sequence[Tensor]:
+        """Return the runs of values `(..., count)`."""
+        return (values,) if len(self.lengths) == 1 else values.split(self.lengths, -1)
+
+
+def chunks_of(entries: Sequence[Entry], most: int) -> list[Chunk]:
     """Return the chunks of tensors that flatten without a copy.
 
     Args:
         entries: tensors, none of them empty.
-        chunk: largest number of elements of one.
+        most: largest number of elements of a chunk.
     """
-    lengths, counts = cuts(tuple(e.parameter.numel() for e in entries), chunk)
-    pieces: list[Piece] = []
-    for index, (entry, own) in enumerate(zip(entries, lengths, strict=True)):
-        flat = [entry.parameter.view(-1), entry.gradient.view(-1), entry.state["momenta"].view(len(DECAYS), -1)]
-        if "second_moment" in entry.state:
-            flat.append(entry.state["second_moment"].view(-1))
-        if len(own) == 1:
-            pieces.append(Piece(index, *flat))
-        else:
-            pieces += [Piece(index, *x) for x in zip(*(f.split(own, -1) for f in flat), strict=True)]
+    found = cuts(tuple([e.parameter.numel() for e in entries]), most)
+
+    def runs(tensors: list[Tensor]) -> list[Tensor]:
+        return [run for x, own in zip(tensors, found.runs) for run in (x.split(own, -1) if len(own) > 1 else (x,))]
+
+    views = (
+        runs([e.parameter.view(-1) for e in entries]),
+        runs([e.gradient.view(-1) for e in entries]),
+        runs([e.state["momenta"].view(len(DECAYS), -1) for e in entries]),
+        runs([e.state["second_moment"].view(-1) for e in entries if "second_moment" in e.state]),
+    )
     chunks, end = [], 0
-    for count in counts:
-        own = pieces[end : end + count]
-        chunks.append(Chunk(own, [len(x.parameter) for x in own]))
-        end += count
+    for tensors, lengths in found.chunks:
+        begin, end = end, end + len(tensors)
+        chunks.append(Chunk(tensors, lengths, *(x[begin:end] for x in views)))
     return chunks
 
 
@@ -135,10 +146,10 @@ def memory_order(x: Tensor) -> list[int]:
     return sorted(range(x.ndim), key=lambda i: (-strides[i], i))
 
 
-def gather(out: Tensor, pieces: Sequence[Tensor]) -> Tensor:
-    """Write pieces one behind the other.
+def gather(out: Tensor, runs: list[Tensor]) -> Tensor:
+    """Write runs one behind the other.
 
     Shapes:
         `(..., n)` each -> out, `(..., sum of n)`.
     """
-    return out.copy_(pieces[0]) if len(pieces) == 1 else torch.cat(list(pieces), -1, out=out)
+    return out.copy_(runs[0]) if len(runs) == 1 else torch.cat(runs, -1, out=out)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lightning_methods.learned_optimizer.architecture import Architecture
-from lightning_methods.learned_optimizer.chunks import CHUNK, Chunk, Entry, Piece, chunks_of, gather
+from lightning_methods.learned_optimizer.chunks import CHUNK, Chunk, Entry, chunks_of, gather
 from lightning_methods.learned_optimizer.functional import DECAYS, step_size, time_features
 from lightning_methods.learned_optimizer.unrolled import fold
 
 # a normalised step needs the whole tensor before any of it can be taken: so much of it is kept, the rest computed twice
-_KEPT = 0.03
+_KEPT = 0.015
 _ADAM = (0.9, 0.999)
 
 
@@ -90,6 +90,7 @@ class _Views:
 
     def __init__(self, rows: Tensor, hidden: list[Tensor], outputs: Tensor, count: int) -> None:
         self.inputs = rows[:, :count]
+        self.given = self.inputs[:-1]
         self.gradient, self.parameter, self.momenta = self.inputs[0], self.inputs[1], self.inputs[2:-1]
         self.units = [h[:, :count] for h in hidden]
         self.hidden = [h[:-1] for h in self.units]
@@ -105,16 +106,16 @@ class Engine(Network):
         theta: its weights.
         dtype: of the computation.
         device: of the parameters.
-        chunk: elements at a time.
+        chunk: elements at a time, half as many with two hidden layers.
     """
 
     def __init__(
         self, architecture: Architecture, theta: Tensor, dtype: torch.dtype, device: torch.device, chunk: int = CHUNK
     ) -> None:
         super().__init__(architecture, theta, dtype, device)
-        a, self.chunk = architecture, chunk
+        a, self.chunk = architecture, chunk // architecture.hidden_layers
         self.kept = torch.tensor(DECAYS, dtype=dtype, device=device).unsqueeze(1)
-        width = chunk + 48  # rows a power of two apart would share lines of the cache
+        width = self.chunk + 48  # rows a power of two apart would share lines of the cache
         self._rows = self.like.new_ones(a.elements + 1, width)
         self._hidden = [self.like.new_ones(a.hidden_size + 1, width) for _ in range(a.hidden_layers)]
         self._outputs = self.like.new_empty(a.outputs, width)
@@ -151,15 +152,14 @@ class Engine(Network):
 
     def _update(self, entries: Sequence[Entry], settings: Settings, room: int) -> None:
         chunks = chunks_of(entries, self.chunk)
-        pieces = [piece for chunk in chunks for piece in chunk.pieces]
-        means = _Means(pieces, [e.parameter.numel() for e in entries], self.like.device)
-        norms = self.like.new_empty(len(pieces), self.architecture.elements)
-        for piece, own in zip(pieces, norms.unbind(), strict=True):
-            self._advance(piece, own, settings.gradient)
-        mean_square = means(norms.double().square())
+        means = _Means(chunks, [e.parameter.numel() for e in entries], self.like.device)
+        norms = self.like.new_empty(len(means.tensors), self.architecture.elements)
+        for chunk, own in zip(chunks, norms.split([len(c.tensors) for c in chunks]), strict=True):
+            self._advance(chunk, own, settings.gradient)
+        mean_square = means(norms.double().square_())
         if not bool(mean_square.isfinite().all()):
             mean_square = means(self._squares_of_large_numbers(chunks, settings.gradient))
-        first = self.first(mean_square, means.counts, settings.time)
+        first = self.first(mean_square, means.counts, settings.time).unbind()
         if self.architecture.normalize_step:
             self._normalized(chunks, first, mean_square, means, settings, room)
             return
@@ -167,117 +167,115 @@ class Engine(Network):
         for chunk in chunks:
             self._apply(chunk, self._direction(chunk, first, settings.gradient), factor, settings)
 
-    def _advance(self, piece: Piece, norms: Tensor, factor: float) -> None:
-        """Move the momenta of a piece on, and write the norms of its inputs."""
-        gradient, parameter, momenta = piece.gradient, piece.parameter, piece.momenta
-        if factor != 1 or gradient.dtype != momenta.dtype:
-            gradient = _scaled(self._rows[0, : len(gradient)], gradient, factor)
-        torch.lerp(gradient, momenta, self.kept, out=momenta)
-        torch.linalg.vector_norm(gradient, out=norms[0])
-        torch.linalg.vector_norm(parameter, dtype=norms.dtype, out=norms[1])
-        torch.linalg.vector_norm(momenta, dim=1, out=norms[2:])
-
-    def _fill(self, chunk: Chunk, factor: float) -> _Views:
+    def _fill(self, chunk: Chunk, factor: float, *, momenta: bool = True) -> _Views:
         v = self.views(sum(chunk.lengths))
-        gather(v.gradient, [piece.gradient for piece in chunk.pieces])
+        gather(v.gradient, chunk.gradients)
         if factor != 1:
             v.gradient.mul_(factor)
-        gather(v.parameter, [piece.parameter for piece in chunk.pieces])
-        gather(v.momenta, [piece.momenta for piece in chunk.pieces])
+        gather(v.parameter, chunk.parameters)
+        if momenta:
+            gather(v.momenta, chunk.momenta)
         return v
 
+    def _advance(self, chunk: Chunk, norms: Tensor, factor: float) -> None:
+        """Move the momenta of a chunk on, and write the norms of the inputs of each of its runs `(runs, F)`."""
+        alone = len(chunk.tensors) == 1
+        v = self._fill(chunk, factor, momenta=not alone)
+        torch.lerp(v.gradient, chunk.momenta[0] if alone else v.momenta, self.kept, out=v.momenta)
+        torch._foreach_copy_(chunk.momenta, chunk.split(v.momenta))
+        for run, own in zip(chunk.split(v.given), norms.unbind(), strict=True):
+            torch.linalg.vector_norm(run, dim=1, out=own)
+
     def _squares_of_large_numbers(self, chunks: list[Chunk], factor: float) -> Tensor:
-        """Return the sums of squares of each piece where they exceed float32, as float64 `(pieces, F)`."""
+        """Return the sums of squares of each run where they exceed float32, as float64 `(runs, F)`."""
         squares = []
         for chunk in chunks:
-            x = self._fill(chunk, factor).inputs[:-1].double().square()
-            squares += [part.sum(1) for part in x.split(chunk.lengths, 1)]
+            squares += [run.double().square().sum(1) for run in chunk.split(self._fill(chunk, factor).given)]
         return torch.stack(squares)
 
-    def _direction(self, chunk: Chunk, first: Tensor, factor: float) -> Tensor:
+    def _direction(self, chunk: Chunk, first: Sequence[Tensor], factor: float) -> Tensor:
         """Return the step of a chunk before the factor that all share."""
         v = self._fill(chunk, factor)
-        if len(chunk.pieces) == 1:
-            torch.mm(first[chunk.pieces[0].tensor], v.inputs, out=v.hidden[0])
-        else:
-            inputs, hidden = v.inputs.split(chunk.lengths, 1), v.hidden[0].split(chunk.lengths, 1)
-            for piece, x, out in zip(chunk.pieces, inputs, hidden, strict=True):
-                torch.mm(first[piece.tensor], x, out=out)
+        for tensor, x, out in zip(chunk.tensors, chunk.split(v.inputs), chunk.split(v.hidden[0]), strict=True):
+            torch.mm(first[tensor], x, out=out)
         v.hidden[0].relu_()
         if self.second is not None:
             torch.mm(self.second, v.units[0], out=v.hidden[1]).relu_()
         torch.mm(self.last, v.units[-1], out=v.outputs)
         return v.rows[0].mul_(v.rows[1].exp_())
 
-    def _apply(self, chunk: Chunk, direction: Tensor, factor: float, settings: Settings) -> None:
-        """Take a step: the direction times a factor, or Adam's for a part."""
-        step = direction
+    def _apply(self, chunk: Chunk, step: Tensor, factor: float, settings: Settings) -> None:
+        """Take a step times a factor, or Adam's for a part."""
         if settings.trust < 1:
             step = self._mixed(chunk, step.mul_(factor).clamp_(-settings.limit, settings.limit), settings)
             factor = 1.0
         elif settings.limit < math.inf and factor:
             bound = settings.limit / abs(factor)
             step.clamp_(-bound, bound)
-        if len(chunk.pieces) == 1:
-            chunk.pieces[0].parameter.sub_(step, alpha=factor)
-        else:
-            torch._foreach_sub_([piece.parameter for piece in chunk.pieces], step.split(chunk.lengths), alpha=factor)
+        torch._foreach_sub_(chunk.parameters, chunk.split(step), alpha=factor)
 
     def _mixed(self, chunk: Chunk, step: Tensor, settings: Settings) -> Tensor:
-        v, seconds = self.views(len(step)), [piece.second for piece in chunk.pieces]
-        joined = gather(torch.empty_like(step), seconds)
-        step = mixed(step, v.momenta[DECAYS.index(0.9)], v.gradient, joined, settings)
-        torch._foreach_copy_(seconds, joined.split(chunk.lengths))
+        v, second = self.views(sum(chunk.lengths)), gather(torch.empty_like(step), chunk.seconds)
+        step = mixed(step, v.momenta[DECAYS.index(0.9)], v.gradient, second, settings)
+        torch._foreach_copy_(chunk.seconds, chunk.split(second))
         return step
 
     # -- normalised steps --------------------------------------------------------------------------------------------
 
     def _normalized(
-        self, chunks: list[Chunk], first: Tensor, mean_square: Tensor, means: _Means, settings: Settings, room: int
+        self,
+        chunks: list[Chunk],
+        first: Sequence[Tensor],
+        mean_square: Tensor,
+        means: _Means,
+        settings: Settings,
+        room: int,
     ) -> None:
         """Take steps of the size that each tensor's third output chooses; up to `room` elements are kept until then."""
         energy = mean_square[:, self.architecture.momentum]
         scale = torch.rsqrt(energy + self.architecture.eps).tolist()
-        kept: list[Tensor] = []
+        kept: dict[int, Tensor] = {}
         sums = []
-        for chunk in chunks:
+        for i, chunk in enumerate(chunks):
             u = self._moved(chunk, first, scale, settings.gradient)
-            third = self.views(len(u)).rows[2]
-            for x, y in zip(u.split(chunk.lengths), third.split(chunk.lengths), strict=True):
+            third = self.views(sum(chunk.lengths)).rows[2]
+            for x, y in zip(chunk.split(u), chunk.split(third), strict=True):
                 sums += [torch.dot(x, x), y.sum()]
             if len(u) <= room:
-                kept.append(u.clone())
+                kept[i] = u.clone()
                 room -= len(u)
         squares, scales = means(torch.stack(sums).view(-1, 2).double()).unbind(1)
         size = self.size(squares, scales, energy).tolist()
         for i, chunk in enumerate(chunks):
-            u = kept[i] if i < len(kept) else self._moved(chunk, first, scale, settings.gradient)
-            if i < len(kept) and settings.trust < 1:
+            u = kept.pop(i, None)
+            if u is None:
+                u = self._moved(chunk, first, scale, settings.gradient)
+            elif settings.trust < 1:
                 self._fill(chunk, settings.gradient)  # Adam's part is of the gradient
-            torch._foreach_mul_(u.split(chunk.lengths), [size[piece.tensor] for piece in chunk.pieces])
+            torch._foreach_mul_(chunk.split(u), [size[tensor] for tensor in chunk.tensors])
             self._apply(chunk, u, settings.size, settings)
 
-    def _moved(self, chunk: Chunk, first: Tensor, scale: list[float], factor: float) -> Tensor:
+    def _moved(self, chunk: Chunk, first: Sequence[Tensor], scale: list[float], factor: float) -> Tensor:
         """Return the direction of a chunk, which starts from the momentum."""
         u = self._direction(chunk, first, factor)
-        momentum = self.views(len(u)).inputs[self.architecture.momentum]
-        for piece, x, m in zip(chunk.pieces, u.split(chunk.lengths), momentum.split(chunk.lengths), strict=True):
-            x.add_(m, alpha=scale[piece.tensor])
+        momentum = self.views(sum(chunk.lengths)).inputs[self.architecture.momentum]
+        for tensor, x, m in zip(chunk.tensors, chunk.split(u), chunk.split(momentum), strict=True):
+            x.add_(m, alpha=scale[tensor])
         return u
 
 
 class _Means:
-    """Means over the elements of tensors, from sums over their pieces."""
+    """Means over the elements of tensors, from sums over their runs."""
 
-    def __init__(self, pieces: Sequence[Piece], sizes: Sequence[int], device: torch.device) -> None:
-        self.tensors = torch.tensor([piece.tensor for piece in pieces], device=device)
+    def __init__(self, chunks: Sequence[Chunk], sizes: Sequence[int], device: torch.device) -> None:
+        self.tensors = torch.tensor([tensor for chunk in chunks for tensor in chunk.tensors], device=device)
         self.counts = torch.tensor(sizes, dtype=torch.float64, device=device)
 
     def __call__(self, sums: Tensor) -> Tensor:
         """Return the means.
 
         Shapes:
-            `(pieces, ...)`, float64 -> `(tensors, ...)`.
+            `(runs, ...)`, float64 -> `(tensors, ...)`.
         """
         total = sums.new_zeros(len(self.counts), *sums.shape[1:]).index_add_(0, self.tensors, sums)
         return total / self.counts.unsqueeze(1)
@@ -308,8 +306,3 @@ def _batches(entries: Sequence[Entry], room: float) -> Iterator[list[Entry]]:
         count += entry.parameter.numel()
     if batch:
         yield batch
-
-
-def _scaled(out: Tensor, x: Tensor, factor: float) -> Tensor:
-    out.copy_(x)
-    return out if factor == 1 else out.mul_(factor)

@@ -223,7 +223,9 @@ class LearnedOptimizer(Optimizer):
         if not gradients or (self.nonfinite == "propagate" and self.max_grad_norm is None):
             return None
         norms = torch._foreach_norm(gradients)
-        largest = torch.stack([n.to(norms[0]) for n in norms]).norm(dtype=torch.float64)
+        if len({n.device for n in norms}) > 1:
+            norms = [n.to(norms[0].device) for n in norms]
+        largest = torch.stack(norms).norm(dtype=torch.float64)
         if bool(largest < _LARGE):
             return float(largest)
         squares = [g.double().square().sum().to(norms[0].device) for g in gradients]
