@@ -27,7 +27,8 @@ class Entry(NamedTuple):
         if self.parameter.is_contiguous():
             return self
         order = memory_order(self.parameter)
-        state = {name: x.permute([0, *(i + 1 for i in order)] if name == "momenta" else order) for name, x in self._moved}
+        orders = {"momenta": [0, *(i + 1 for i in order)], "second_moment": order}
+        state = {name: x.permute(orders[name]) for name, x in self._moved}
         return Entry(self.parameter.permute(order), self.gradient.permute(order), state)
 
     def is_flat(self) -> bool:
@@ -105,7 +106,7 @@ class Chunk(NamedTuple):
     momenta: list[Tensor]
     seconds: list[Tensor]
 
-    def split(self, values: Tensor) -> Sequence[Tensor]:
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
         """Return the runs of values `(..., count)`."""
         return (values,) if len(self.lengths) == 1 else values.split(self.lengths, -1)
 
@@ -119,20 +120,24 @@ def chunks_of(entries: Sequence[Entry], most: int) -> list[Chunk]:
     """
     found = cuts(tuple([e.parameter.numel() for e in entries]), most)
 
-    def runs(tensors: list[Tensor]) -> list[Tensor]:
-        return [run for x, own in zip(tensors, found.runs) for run in (x.split(own, -1) if len(own) > 1 else (x,))]
-
     views = (
-        runs([e.parameter.view(-1) for e in entries]),
-        runs([e.gradient.view(-1) for e in entries]),
-        runs([e.state["momenta"].view(len(DECAYS), -1) for e in entries]),
-        runs([e.state["second_moment"].view(-1) for e in entries if "second_moment" in e.state]),
+        _runs([e.parameter.view(-1) for e in entries], found),
+        _runs([e.gradient.view(-1) for e in entries], found),
+        _runs([e.state["momenta"].view(len(DECAYS), -1) for e in entries], found),
+        _runs([e.state["second_moment"].view(-1) for e in entries if "second_moment" in e.state], found),
     )
     chunks, end = [], 0
     for tensors, lengths in found.chunks:
         begin, end = end, end + len(tensors)
         chunks.append(Chunk(tensors, lengths, *(x[begin:end] for x in views)))
     return chunks
+
+
+def _runs(tensors: list[Tensor], found: Cuts) -> list[Tensor]:
+    runs: list[Tensor] = []
+    for x, lengths in zip(tensors, found.runs, strict=False):  # of second moments there may be none
+        runs += x.split(lengths, -1) if len(lengths) > 1 else [x]
+    return runs
 
 
 def memory_order(x: Tensor) -> list[int]:

@@ -86,7 +86,7 @@ class Network:
 
 
 class _Views:
-    """The buffers of a chunk, cut to a number of elements; the last row of inputs and hidden units is one, for biases."""
+    """The buffers of a chunk, cut to a length. The last rows of inputs and hidden units are 1, for biases."""
 
     def __init__(self, rows: Tensor, hidden: list[Tensor], outputs: Tensor, count: int) -> None:
         self.inputs = rows[:, :count]
@@ -138,17 +138,22 @@ class Engine(Network):
             numel: elements of all parameters, a share of which may be kept at a time.
         """
         room = max(len(DECAYS) * int(_KEPT * numel), self.chunk)
-        together, others = [], []
+        together: list[Entry] = []
+        others: list[Entry] = []
         for entry in entries:
             own = entry.in_memory_order()
             (together if own.is_flat() else others).append(own)
-        # a normalised step is kept until its tensor is complete
-        for batch in _batches(together, room if self.architecture.normalize_step else math.inf):
-            self._update(batch, settings, room)
+        if together:
+            self._together(together, settings, room)
         for entry in others:
             copy = entry.flat()
-            self._update([copy], settings, room)
+            self._together([copy], settings, room)
             entry.take(copy)
+
+    def _together(self, entries: Sequence[Entry], settings: Settings, room: int) -> None:
+        # a normalised step is kept until its tensor is complete
+        for batch in _batches(entries, room if self.architecture.normalize_step else math.inf):
+            self._update(batch, settings, room)
 
     def _update(self, entries: Sequence[Entry], settings: Settings, room: int) -> None:
         chunks = chunks_of(entries, self.chunk)
@@ -247,11 +252,12 @@ class Engine(Network):
         squares, scales = means(torch.stack(sums).view(-1, 2).double()).unbind(1)
         size = self.size(squares, scales, energy).tolist()
         for i, chunk in enumerate(chunks):
-            u = kept.pop(i, None)
-            if u is None:
+            if i not in kept:
                 u = self._moved(chunk, first, scale, settings.gradient)
-            elif settings.trust < 1:
-                self._fill(chunk, settings.gradient)  # Adam's part is of the gradient
+            else:
+                u = kept.pop(i)
+                if settings.trust < 1:
+                    self._fill(chunk, settings.gradient)  # Adam's part is of the gradient
             torch._foreach_mul_(chunk.split(u), [size[tensor] for tensor in chunk.tensors])
             self._apply(chunk, u, settings.size, settings)
 

@@ -24,6 +24,7 @@ from lightning_methods.learned_optimizer.chunks import Entry, memory_order
 from lightning_methods.learned_optimizer.factored import factored_step
 from lightning_methods.learned_optimizer.fast import Engine, Network, Settings
 from lightning_methods.learned_optimizer.functional import DECAYS
+from lightning_methods.learned_optimizer.fused import FusedEngine, is_usable
 from lightning_methods.learned_optimizer.guard import Guard
 from lightning_methods.learned_optimizer.unrolled import small_fc_shapes
 from lightning_methods.learned_optimizer.weights import Weights, load_weights
@@ -212,8 +213,9 @@ class LearnedOptimizer(Optimizer):
     def _network(self, p: Tensor) -> Network:
         key = (torch.promote_types(p.dtype, torch.float32), p.device)
         if key not in self._networks:
-            make = Network if self.weights.architecture.features == "small_fc" else Engine
-            self._networks[key] = make(self.weights.architecture, self.weights.theta, *key)
+            a = self.weights.architecture
+            make = Network if a.features == "small_fc" else FusedEngine if is_usable(a, *key) else Engine
+            self._networks[key] = make(a, self.weights.theta, *key)
         return self._networks[key]
 
     # -- gradients that are not finite, and the running loss -----------------------------------------------------------
@@ -224,7 +226,7 @@ class LearnedOptimizer(Optimizer):
             return None
         norms = torch._foreach_norm(gradients)
         if len({n.device for n in norms}) > 1:
-            norms = [n.to(norms[0].device) for n in norms]
+            norms = tuple(n.to(norms[0].device) for n in norms)
         largest = torch.stack(norms).norm(dtype=torch.float64)
         if bool(largest < _LARGE):
             return float(largest)
