@@ -19,8 +19,9 @@ from lightning_methods.learned_optimizer.chunks import CHUNK, Chunk, Entry, chun
 from lightning_methods.learned_optimizer.functional import DECAYS, step_size, time_features
 from lightning_methods.learned_optimizer.unrolled import fold
 
-# a normalised step needs the whole tensor before any of it can be taken: so much of it is kept, the rest computed twice
-_KEPT = 0.015
+# a normalised step needs the whole tensor before any of it can be taken: as much of it as this share of the state is
+# kept, and at least so many elements; the rest is computed twice
+_KEPT, _KEPT_AT_LEAST = 0.015, 1 << 16
 _ADAM = (0.9, 0.999)
 
 
@@ -137,7 +138,7 @@ class Engine(Network):
             settings: of the step.
             numel: elements of all parameters, a share of which may be kept at a time.
         """
-        room = max(len(DECAYS) * int(_KEPT * numel), self.chunk)
+        room = max(len(DECAYS) * int(_KEPT * numel), _KEPT_AT_LEAST)
         together: list[Entry] = []
         others: list[Entry] = []
         for entry in entries:
