@@ -181,8 +181,8 @@ class UnrolledOptimizer:
             momenta = torch.lerp(gradient.unsqueeze(1), momenta, kept)
             inputs = paper_inputs(gradient, flat, momenta)
             return torch.cat([inputs, torch.ones_like(flat).unsqueeze(1)], 1), {"momenta": momenta}
-        inputs = flat.new_ones(len(flat), self.architecture.elements + 1, flat.shape[1])
-        inputs[:, 0], inputs[:, 1] = gradient, flat
+        inputs = flat.new_empty(len(flat), self.architecture.elements + 1, flat.shape[1])
+        inputs[:, 0], inputs[:, 1], inputs[:, -1] = gradient, flat, 1
         torch.lerp(gradient.unsqueeze(1), momenta, kept, out=inputs[:, 2:-1])
         return inputs, {"momenta": inputs[:, 2:-1]}
 
