@@ -98,6 +98,8 @@ class FusedEngine(Engine):
     def _blocks_of(self, sizes: tuple[int, ...]) -> Tensor:
         """Return the tensor of each block, and the first of its elements, `(blocks, 2)`."""
         if sizes not in self._blocks:
+            if len(self._blocks) >= 64:
+                self._blocks.clear()
             size = kernels().BLOCK
             counts = torch.tensor([-(-n // size) for n in sizes])
             tensors = torch.repeat_interleave(torch.arange(len(sizes)), counts)

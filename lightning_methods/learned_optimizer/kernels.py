@@ -17,6 +17,7 @@ import triton.language as tl
 BLOCK = 1024
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 BOUND: tl.constexpr = tl.constexpr(5.0)
+ALL: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)  # what is no number stays none, as in torch
 
 
 @triton.jit
@@ -138,7 +139,7 @@ def move(
             z += r4 * tl.load(v + 4) + r5 * tl.load(v + 5) + r6 * tl.load(v + 6) + r7 * tl.load(v + 7)
         unit = z + x0 * tl.load(w) + x1 * tl.load(w + 1) + x2 * tl.load(w + 2) + x3 * tl.load(w + 3)
         unit += x4 * tl.load(w + 4) + x5 * tl.load(w + 5) + x6 * tl.load(w + 6) + x7 * tl.load(w + 7)
-        unit = tl.maximum(unit, 0.0)
+        unit = tl.maximum(unit, 0.0, propagate_nan=ALL)
         direction += unit * tl.load(last + j)
         exponent += unit * tl.load(last + (H + 1) + j)
         if NORMALIZE:
@@ -157,5 +158,6 @@ def move(
             bounded = BOUND * (1 - 2 / (tl.exp(2 * x) + 1))
             scale = tl.exp(bounded) * (s4 / (s4 + eps)) / tl.sqrt(_mean(totals + 2 * tensor, count) + 1e-8)
             step = step * scale.to(tl.float32)
-        step = tl.minimum(tl.maximum(step * size, -limit), limit)
+        step = tl.maximum(step * size, -limit, propagate_nan=ALL)
+        step = tl.minimum(step, limit, propagate_nan=ALL)
         tl.store(parameters, (parameter - step).to(P), mask)

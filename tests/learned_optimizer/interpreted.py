@@ -24,11 +24,12 @@ CASES = {
     "normalised": {"features": "signal", "normalize_step": True, "step_mult": 1e-2, "scale": 1e25},
     "bf16": {"dtype": torch.bfloat16, "step_mult": 1e-2},
     "adam": {"trust": 0.5},
+    "nan": {"scale": float("nan"), "steps": 1, "nonfinite": "propagate"},
 }
 
 
 def run(kernels: bool, *, dtype=torch.float32, scale=1.0, trust=1.0, steps=2, **settings):
-    names = ("max_grad_norm", "maximize", "weight_decay")
+    names = ("max_grad_norm", "maximize", "weight_decay", "nonfinite")
     options = {k: settings.pop(k) for k in names if k in settings}
     a = Architecture(hidden_size=3, **settings)
     weights = Weights("made", a, a.initial(torch.Generator().manual_seed(1)))
@@ -57,4 +58,5 @@ def difference(case: dict) -> float:
 if __name__ == "__main__":
     run(False, steps=1)
     assert not any(name.startswith("lightning_methods.learned_optimizer.kernels") for name in sys.modules)
+    assert all(bool(p.isnan().all()) for p in run(True, **CASES.pop("nan"))[0])
     print(json.dumps({name: difference(case) for name, case in CASES.items()}))

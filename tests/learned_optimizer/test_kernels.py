@@ -19,6 +19,7 @@ GPU = torch.device("cuda")
 
 
 @needs_triton
+@pytest.mark.slow
 def test_the_kernels_give_the_numbers_of_torch():
     script = Path(__file__).with_name("interpreted.py")
     root = str(script.parents[2])
