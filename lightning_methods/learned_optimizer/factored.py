@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_methods.learned_optimizer.fast import Engine, Entry, Settings, mixed
+from lightning_methods.learned_optimizer.chunks import CHUNK, Entry
+from lightning_methods.learned_optimizer.fast import Network, Settings, mixed
 from lightning_methods.learned_optimizer.functional import (
     SMALL_FC_DECAYS,
     factored_dims,
@@ -19,34 +20,36 @@ from lightning_methods.learned_optimizer.functional import (
 Slice = tuple[int, int, int]
 
 
-def factored_step(engine: Engine, entry: Entry, settings: Settings) -> None:
+def factored_step(network: Network, entry: Entry, settings: Settings) -> None:
     """Update one tensor.
 
     Args:
-        engine: of an architecture with `features="small_fc"`.
+        network: of an architecture with `features="small_fc"`.
         entry: what is updated.
         settings: of the step.
     """
-    work = _Work(engine, entry, settings)
+    work = _Work(network, entry, settings)
     work.advance()
-    a, n = engine.architecture, work.parameter.numel()
-    squares = torch.zeros(a.elements, dtype=torch.float64, device=engine.like.device)
+    a, n = network.architecture, work.parameter.numel()
+    squares = torch.zeros(a.elements, dtype=torch.float64, device=network.like.device)
     for own in work.slices:
         squares += work.inputs(own).square().sum(1, dtype=torch.float64)
     mean_square = squares / n
-    first = engine.alone(mean_square, n, settings.time)
+    count = torch.tensor([n], dtype=torch.float64, device=squares.device)
+    first = network.first(mean_square.unsqueeze(0), count, settings.time)[0]
     if not a.normalize_step:
         for own in work.slices:
-            work.apply(own, work.direction(first, own)[0].mul_(a.step_mult))
+            out, _ = work.outputs(first, own)
+            work.apply(own, out[0].mul_(out[1].exp_()).mul_(a.step_mult))
         return
-    scale = torch.rsqrt(mean_square[a.momentum] + a.eps).to(engine.like)
-    directions, sums = [], engine.like.new_zeros(2)
+    scale = torch.rsqrt(mean_square[a.momentum] + a.eps).to(network.like)
+    directions, sums = [], squares.new_zeros(2)
     for own in work.slices:
-        out, x = work.direction(first, own)
-        u = out + x[a.momentum] * scale
-        sums += torch.stack([u.square().sum(), engine.outputs[2, : len(u)].sum()])
+        out, x = work.outputs(first, own)
+        u = out[0].mul_(out[1].exp_()) + x[a.momentum] * scale
+        sums += torch.stack([u.square().sum(), out[2].sum()])
         directions.append(u)
-    size = engine.size(sums[0] / n, sums[1] / n, mean_square[a.momentum])
+    size = network.size(sums[0] / n, sums[1] / n, mean_square[a.momentum])
     for own, u in zip(work.slices, directions, strict=True):
         work.apply(own, u.mul_(size))
 
@@ -54,17 +57,17 @@ def factored_step(engine: Engine, entry: Entry, settings: Settings) -> None:
 class _Work:
     """A tensor in slices along its largest dimension."""
 
-    def __init__(self, engine: Engine, entry: Entry, settings: Settings) -> None:
-        self.engine, self.entry, self.settings = engine, entry, settings
+    def __init__(self, network: Network, entry: Entry, settings: Settings) -> None:
+        self.network, self.entry, self.settings = network, entry, settings
         self.parameter = entry.parameter if entry.parameter.ndim else entry.parameter.view(1)
         self.ndim = self.parameter.ndim
         self.dims = factored_dims(self.parameter.shape)
         self.state = {k: v for k, v in entry.state.items() if k in ("momentum", "rms", "row", "column", "full")}
-        self.slices = list(_slices(self.parameter.shape, engine.chunk))
+        self.slices = list(_slices(self.parameter.shape, CHUNK))
 
     def gradient(self, own: Slice) -> Tensor:
         part = self.entry.gradient.view(self.parameter.shape).narrow(*own)
-        return part.to(self.engine.like.dtype) * self.settings.gradient
+        return part.to(self.network.like.dtype) * self.settings.gradient
 
     def own(self, own: Slice) -> dict[str, Tensor]:
         """Return the accumulators of a slice; rows are the mean over the dimension that is cut, so all slices' own."""
@@ -73,7 +76,7 @@ class _Work:
         return {k: v if k == "row" else v.narrow(dim, begin, length) for k, v in self.state.items()}
 
     def advance(self) -> None:
-        weights = self.engine.weights
+        weights = self.network.weights
         d = {n: learned_decay(x, weights[n]).view(-1, *[1] * self.ndim) for n, x in SMALL_FC_DECAYS.items()}
         dims = self.dims
         total = torch.zeros_like(self.state["row"][:1]) if dims is not None else None
@@ -93,15 +96,16 @@ class _Work:
             self.state["row"].mul_(d["factored"]).add_(mean * (1 - d["factored"]))
 
     def inputs(self, own: Slice) -> Tensor:
-        parameter = self.parameter.narrow(*own).to(self.engine.like.dtype)
+        parameter = self.parameter.narrow(*own).to(self.network.like.dtype)
         return small_fc_inputs(self.gradient(own), parameter, self.own(own), self.ndim, self.dims).flatten(1)
 
-    def direction(self, first: Tensor, own: Slice) -> tuple[Tensor, Tensor]:
-        """Return the step of a slice before the factor that all share, and the inputs of the slice."""
-        x = self.inputs(own)
+    def outputs(self, first: Tensor, own: Slice) -> tuple[Tensor, Tensor]:
+        """Return the outputs for a slice, the second one times its factor, and the inputs."""
+        x, network = self.inputs(own), self.network
         hidden = torch.addmm(first[:, -1:], first[:, :-1], x).relu_()
-        out = self.engine.rest(hidden, x.shape[1])
-        return out[0].mul_(out[1].exp_()), x
+        if network.second is not None:
+            hidden = torch.addmm(network.second[:, -1:], network.second[:, :-1], hidden).relu_()
+        return torch.mm(network.last[:, :-1], hidden).add_(network.last[:, -1:]), x
 
     def apply(self, own: Slice, step: Tensor) -> None:
         settings, part = self.settings, self.parameter.narrow(*own)

@@ -2,40 +2,27 @@
 
 Three rearrangements, all exact: momenta are kept feature by feature, so that both layers are products with long rows;
 what normalises the inputs is multiplied into the first layer, which is smaller; what is constant over a tensor enters
-by its bias. Tensors smaller than a chunk go through together.
+by its bias. Tensors go through one behind the other, small ones many at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_methods.learned_optimizer.architecture import Architecture
-from lightning_methods.learned_optimizer.functional import (
-    DECAYS,
-    step_size,
-    time_features,
-)
+from lightning_methods.learned_optimizer.chunks import CHUNK, Chunk, Entry, chunks_of, gather
+from lightning_methods.learned_optimizer.functional import DECAYS, step_size, time_features
 from lightning_methods.learned_optimizer.unrolled import fold
 
-CHUNK = 8192
-SMALL = 4096
-# a normalised step needs the whole tensor before any of it can be taken: so much of it is kept, the rest computed twice
-_KEPT = 0.03
+# a normalised step needs the whole tensor before any of it can be taken: as much of it as this share of the state is
+# kept, and at least so many elements; the rest is computed twice
+_KEPT, _KEPT_AT_LEAST = 0.015, 1 << 16
 _ADAM = (0.9, 0.999)
-
-
-class Entry(NamedTuple):
-    """A parameter, its gradient, and its state."""
-
-    parameter: Tensor
-    gradient: Tensor
-    state: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,45 +46,80 @@ class Settings:
     limit: float = math.inf
 
 
-class _Views(NamedTuple):
-    """The buffers of a chunk, cut to its length."""
-
-    inputs: Tensor
-    gradient: Tensor
-    parameter: Tensor
-    momenta: Tensor
-    hidden: list[Tensor]
-    outputs: Tensor
-    rows: tuple[Tensor, ...]
-
-
-class Engine:
-    """Weights on a device, in the precision of the step, and the buffers of a chunk.
+class Network:
+    """Weights on a device, in the precision of the step.
 
     Args:
         architecture: of the optimizer.
         theta: its weights.
         dtype: of the computation.
         device: of the parameters.
-        chunk: elements at a time.
+    """
+
+    def __init__(self, architecture: Architecture, theta: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        self.architecture = architecture
+        self.weights = architecture.split(theta.to(device=device, dtype=dtype))
+        self.exact = architecture.split(theta.to(device=device, dtype=torch.float64))
+        self.like = torch.empty(0, dtype=dtype, device=device)
+        factors = torch.ones(architecture.outputs, dtype=dtype, device=device)
+        factors[1] = architecture.exp_mult  # the exponent's factor, ahead of the product
+        w = {name: x.mT if x.ndim == 2 else x for name, x in self.weights.items()}
+        # biases are one more column: one more input that is one
+        self.last = torch.cat([w["w_out"], w["b_out"].unsqueeze(1)], 1) * factors.unsqueeze(1)
+        self.second = torch.cat([w["w1"], w["b1"].unsqueeze(1)], 1) if architecture.hidden_layers == 2 else None
+
+    def first(self, mean_square: Tensor, numel: Tensor, time: int) -> Tensor:
+        """Return first layers with the factors of the inputs, and the bias in the last column.
+
+        Shapes:
+            mean squares `(K, F)` of K tensors and their sizes `(K,)`, float64 -> `(K, H, F + 1)`.
+        """
+        given = time_features(time, dtype=torch.float64).to(mean_square.device)
+        scale, bias = fold(self.architecture, self.exact, mean_square, given, numel)
+        layer = self.exact["w0"][: self.architecture.elements].T * scale.unsqueeze(1)
+        return torch.cat([layer, bias.unsqueeze(2)], 2).to(self.like.dtype)
+
+    def size(self, mean_square: Tensor, scale: Tensor, energy: Tensor) -> Tensor:
+        """Return the factor that gives normalised steps their size; nothing moves without a gradient."""
+        a = self.architecture
+        gate = energy / (energy + a.eps)
+        return (step_size(scale, a.step_mult) * gate * torch.rsqrt(mean_square + 1e-8)).to(self.like.dtype)
+
+
+class _Views:
+    """The buffers of a chunk, cut to a length. The last rows of inputs and hidden units are 1, for biases."""
+
+    def __init__(self, rows: Tensor, hidden: list[Tensor], outputs: Tensor, count: int) -> None:
+        self.inputs = rows[:, :count]
+        self.given = self.inputs[:-1]
+        self.gradient, self.parameter, self.momenta = self.inputs[0], self.inputs[1], self.inputs[2:-1]
+        self.units = [h[:, :count] for h in hidden]
+        self.hidden = [h[:-1] for h in self.units]
+        self.outputs = outputs[:, :count]
+        self.rows = self.outputs.unbind()
+
+
+class Engine(Network):
+    """A network and the buffers of a chunk.
+
+    Args:
+        architecture: of the optimizer.
+        theta: its weights.
+        dtype: of the computation.
+        device: of the parameters.
+        chunk: elements at a time, half as many with two hidden layers.
     """
 
     def __init__(
         self, architecture: Architecture, theta: Tensor, dtype: torch.dtype, device: torch.device, chunk: int = CHUNK
     ) -> None:
-        self.architecture, self.chunk = architecture, chunk
-        self.weights = architecture.split(theta.to(device=device, dtype=dtype))
-        a, w = architecture, self.weights
+        super().__init__(architecture, theta, dtype, device)
+        a, self.chunk = architecture, chunk // architecture.hidden_layers
         self.kept = torch.tensor(DECAYS, dtype=dtype, device=device).unsqueeze(1)
-        self.inputs = torch.empty(a.elements + 1, chunk, dtype=dtype, device=device)
-        self.inputs[a.elements] = 1  # the bias is one more input
-        self.hidden = [torch.empty(a.hidden_size, chunk, dtype=dtype, device=device) for _ in range(a.hidden_layers)]
-        self.outputs = torch.empty(a.outputs, chunk, dtype=dtype, device=device)
-        factors = torch.ones(a.outputs, dtype=dtype, device=device)
-        factors[1] = a.exp_mult  # the exponent's factor, ahead of the product
-        self.w_out = (w["w_out"] * factors).T.contiguous()
-        self.b_out = (w["b_out"] * factors).unsqueeze(1)
-        self.like = self.inputs.new_empty(0)
+        width = self.chunk + 48  # rows a power of two apart would share lines of the cache
+        self._rows = self.like.new_ones(a.elements + 1, width)
+        self._hidden = [self.like.new_ones(a.hidden_size + 1, width) for _ in range(a.hidden_layers)]
+        self._outputs = self.like.new_empty(a.outputs, width)
         self._views: dict[int, _Views] = {}
 
     def views(self, count: int) -> _Views:
@@ -105,236 +127,165 @@ class Engine:
         if count not in self._views:
             if len(self._views) >= 64:
                 self._views.clear()
-            x, out = self.inputs[:, :count], self.outputs[:, :count]
-            hidden = [h[:, :count] for h in self.hidden]
-            self._views[count] = _Views(x, x[0], x[1], x[2:-1], hidden, out, out.unbind(0))
+            self._views[count] = _Views(self._rows, self._hidden, self._outputs, count)
         return self._views[count]
 
-    # -- one large tensor --------------------------------------------------------------------------------------------
-
-    def large(self, entry: Entry, settings: Settings, numel: int) -> None:
-        """Update one tensor.
+    def update(self, entries: Sequence[Entry], settings: Settings, numel: int) -> None:
+        """Update tensors.
 
         Args:
-            entry: what is updated.
+            entries: what is updated.
             settings: of the step.
             numel: elements of all parameters, a share of which may be kept at a time.
         """
-        flat = _Flat(entry, self.chunk)
-        n = flat.parameter.numel()
-        sums = [x for part in flat.parts for x in self._advance(part, settings.gradient)]
-        squares = torch.stack(sums).view(-1, self.architecture.elements).sum(0)
-        if not bool(squares.isfinite().all()):
-            squares = self._squares_of_large_numbers(flat, settings.gradient)
-        first = self.alone(squares / n, n, settings.time)
+        room = max(len(DECAYS) * int(_KEPT * numel), _KEPT_AT_LEAST)
+        together: list[Entry] = []
+        others: list[Entry] = []
+        for entry in entries:
+            own = entry.in_memory_order()
+            (together if own.is_flat() else others).append(own)
+        if together:
+            self._together(together, settings, room)
+        for entry in others:
+            copy = entry.flat()
+            self._together([copy], settings, room)
+            entry.take(copy)
+
+    def _together(self, entries: Sequence[Entry], settings: Settings, room: int) -> None:
+        # a normalised step is kept until its tensor is complete
+        for batch in _batches(entries, room if self.architecture.normalize_step else math.inf):
+            self._update(batch, settings, room)
+
+    def _update(self, entries: Sequence[Entry], settings: Settings, room: int) -> None:
+        chunks = chunks_of(entries, self.chunk)
+        means = _Means(chunks, [e.parameter.numel() for e in entries], self.like.device)
+        norms = self.like.new_empty(len(means.tensors), self.architecture.elements)
+        for chunk, own in zip(chunks, norms.split([len(c.tensors) for c in chunks]), strict=True):
+            self._advance(chunk, own, settings.gradient)
+        mean_square = means(norms.double().square_())
+        if not bool(mean_square.isfinite().all()):
+            mean_square = means(self._squares_of_large_numbers(chunks, settings.gradient))
+        first = self.first(mean_square, means.counts, settings.time).unbind()
         if self.architecture.normalize_step:
-            self._normalized(flat, first, squares / n, settings, numel)
-        else:
-            for part in flat.parts:
-                self._fill(part, settings.gradient)
-                self._apply(part, self._direction(first, part.length), settings)
-        flat.write_back()
+            self._normalized(chunks, first, mean_square, means, settings, room)
+            return
+        factor = self.architecture.step_mult * settings.size
+        for chunk in chunks:
+            self._apply(chunk, self._direction(chunk, first, settings.gradient), factor, settings)
 
-    def _advance(self, part: _Part, factor: float) -> list[Tensor]:
-        """Move the momenta of a chunk on, and return the sums of squares of its inputs."""
-        gradient, parameter = part.gradient, part.parameter
-        if factor != 1 or gradient.dtype != self.like.dtype:
-            gradient = _scaled(self.views(part.length).gradient, gradient, factor)
-        if parameter.dtype != self.like.dtype:
-            parameter = self.views(part.length).parameter.copy_(parameter)
-        torch.lerp(gradient, part.momenta, self.kept, out=part.momenta)
-        momenta = torch.linalg.vecdot(part.momenta, part.momenta)
-        return [torch.dot(gradient, gradient), torch.dot(parameter, parameter), *momenta.unbind()]
+    def _fill(self, chunk: Chunk, factor: float, *, momenta: bool = True) -> _Views:
+        v = self.views(sum(chunk.lengths))
+        gather(v.gradient, chunk.gradients)
+        if factor != 1:
+            v.gradient.mul_(factor)
+        gather(v.parameter, chunk.parameters)
+        if momenta:
+            gather(v.momenta, chunk.momenta)
+        return v
 
-    def _squares_of_large_numbers(self, flat: _Flat, factor: float) -> Tensor:
-        """Return the sums of squares where they exceed float32, as float64."""
-        total = torch.zeros(self.architecture.elements, dtype=torch.float64, device=self.like.device)
-        for part in flat.parts:
-            self._fill(part, factor)
-            total += self.views(part.length).inputs[:-1].double().square().sum(1)
-        return total
+    def _advance(self, chunk: Chunk, norms: Tensor, factor: float) -> None:
+        """Move the momenta of a chunk on, and write the norms of the inputs of each of its runs `(runs, F)`."""
+        alone = len(chunk.tensors) == 1
+        v = self._fill(chunk, factor, momenta=not alone)
+        torch.lerp(v.gradient, chunk.momenta[0] if alone else v.momenta, self.kept, out=v.momenta)
+        torch._foreach_copy_(chunk.momenta, chunk.split(v.momenta))
+        for run, own in zip(chunk.split(v.given), norms.unbind(), strict=True):
+            torch.linalg.vector_norm(run, dim=1, out=own)
 
-    def folded(self, mean_square: Tensor, numel: Tensor, time: int) -> Tensor:
-        """Return the first layers `(K, H, F + 1)` with the factors of the inputs, and the bias in the last column."""
-        a = self.architecture
-        given = time_features(time, dtype=mean_square.dtype).to(self.like.device)
-        weights = self.weights
-        if mean_square.dtype != self.like.dtype:
-            weights = {name: x.to(mean_square.dtype) for name, x in weights.items()}
-        scale, bias = fold(a, weights, mean_square, given, numel)
-        layer = weights["w0"][: a.elements].T * scale.unsqueeze(1)
-        return torch.cat([layer, bias.unsqueeze(2)], 2).to(self.like.dtype)
+    def _squares_of_large_numbers(self, chunks: list[Chunk], factor: float) -> Tensor:
+        """Return the sums of squares of each run where they exceed float32, as float64 `(runs, F)`."""
+        squares = []
+        for chunk in chunks:
+            squares += [run.double().square().sum(1) for run in chunk.split(self._fill(chunk, factor).given)]
+        return torch.stack(squares)
 
-    def alone(self, mean_square: Tensor, numel: int, time: int) -> Tensor:
-        """Return the first layer `(H, F + 1)` of one tensor."""
-        count = torch.tensor([float(numel)], dtype=torch.float64, device=self.like.device)
-        return self.folded(mean_square.unsqueeze(0), count, time)[0]
-
-    def _fill(self, part: _Part, factor: float) -> None:
-        v = self.views(part.length)
-        _scaled(v.gradient, part.gradient, factor)
-        v.parameter.copy_(part.parameter)
-        v.momenta.copy_(part.momenta)
-
-    def rest(self, hidden: Tensor, count: int) -> Tensor:
-        """Return the outputs, the second one times its factor, from the first hidden layer."""
-        v = self.views(count)
-        if self.architecture.hidden_layers == 2:
-            hidden = torch.mm(self.weights["w1"].T, hidden, out=v.hidden[1])
-            hidden = hidden.add_(self.weights["b1"].unsqueeze(1)).relu_()
-        # the product and then the bias: addmm would first spread the bias, which is slower for few rows
-        return torch.mm(self.w_out, hidden, out=v.outputs).add_(self.b_out)
-
-    def _direction(self, first: Tensor, count: int) -> Tensor:
-        """Return the step of the chunk that was filled in, before the factor that all share."""
-        v = self.views(count)
-        self.rest(torch.mm(first, v.inputs, out=v.hidden[0]).relu_(), count)
+    def _direction(self, chunk: Chunk, first: Sequence[Tensor], factor: float) -> Tensor:
+        """Return the step of a chunk before the factor that all share."""
+        v = self._fill(chunk, factor)
+        for tensor, x, out in zip(chunk.tensors, chunk.split(v.inputs), chunk.split(v.hidden[0]), strict=True):
+            torch.mm(first[tensor], x, out=out)
+        v.hidden[0].relu_()
+        if self.second is not None:
+            torch.mm(self.second, v.units[0], out=v.hidden[1]).relu_()
+        torch.mm(self.last, v.units[-1], out=v.outputs)
         return v.rows[0].mul_(v.rows[1].exp_())
 
-    def _apply(self, part: _Part, direction: Tensor, settings: Settings) -> None:
-        factor = self.architecture.step_mult * settings.size
-        if settings.trust == 1:
-            bound = settings.limit / factor if factor else math.inf
-            if bound < math.inf:
-                direction.clamp_(-bound, bound)
-            part.parameter.sub_(direction, alpha=factor)
-            return
-        step = direction.mul_(factor).clamp_(-settings.limit, settings.limit)
-        gradient = _scaled(self.views(part.length).gradient, part.gradient, settings.gradient)
-        part.parameter.sub_(mixed(step, part.momenta[DECAYS.index(0.9)], gradient, part.second, settings))
-
-    def _normalized(self, flat: _Flat, first: Tensor, mean_square: Tensor, settings: Settings, numel: int) -> None:
-        a, n = self.architecture, flat.parameter.numel()
-        room = max(len(DECAYS) * int(_KEPT * numel), self.chunk)
-        kept = self.like.new_empty(min(n, room))
-        scale = torch.rsqrt(mean_square[a.momentum] + a.eps).to(self.like)
-        sums = self.like.new_zeros(2)
-        for part in flat.parts:
-            self._fill(part, settings.gradient)
-            u = self._moved(first, part.length, scale)
-            sums += torch.stack([torch.dot(u, u), self.views(part.length).rows[2].sum()])
-            if part.end <= len(kept):
-                kept[part.begin : part.end] = u
-        size = self.size(sums[0] / n, sums[1] / n, mean_square[a.momentum]) / a.step_mult
-        for part in flat.parts:
-            if part.end <= len(kept):
-                u = kept[part.begin : part.end]
-            else:
-                self._fill(part, settings.gradient)
-                u = self._moved(first, part.length, scale)
-            self._apply(part, u.mul_(size), settings)
-
-    def _moved(self, first: Tensor, count: int, scale: Tensor) -> Tensor:
-        momentum = self.views(count).inputs[self.architecture.momentum]
-        return self._direction(first, count).add_(momentum * scale)
-
-    def size(self, mean_square: Tensor, scale: Tensor, energy: Tensor) -> Tensor:
-        """Return the factor that gives normalised steps their size; nothing moves without a gradient."""
-        a = self.architecture
-        gate = (energy / (energy + a.eps)).to(mean_square)
-        return step_size(scale, a.step_mult) * gate * torch.rsqrt(mean_square + 1e-8)
-
-    # -- many small tensors ------------------------------------------------------------------------------------------
-
-    def small(self, entries: Sequence[Entry], settings: Settings) -> None:
-        """Update tensors that together fit into a chunk."""
-        a = self.architecture
-        sizes = [e.parameter.numel() for e in entries]
-        count = sum(sizes)
-        v = self.views(count)
-        x = v.inputs[:-1]
-        _scaled(x[0], torch.cat([e.gradient.reshape(-1) for e in entries]), settings.gradient)
-        x[1].copy_(torch.cat([e.parameter.reshape(-1) for e in entries]))
-        momenta = [e.state["momenta"].view(len(DECAYS), -1) for e in entries]
-        x[2:].copy_(torch.cat(momenta, 1))
-        torch.lerp(x[0], x[2:], self.kept, out=x[2:])
-        torch._foreach_copy_(momenta, x[2:].split(sizes, 1))
-        lengths = torch.tensor(sizes, device=x.device)
-        counts = lengths.to(x.dtype)
-        parts = x.split(sizes, 1)
-        mean_square = torch.stack([torch.linalg.vecdot(part, part) for part in parts]) / counts.unsqueeze(1)
-        if not bool(mean_square.isfinite().all()):
-            wide = [part.double() for part in parts]
-            mean_square = torch.stack([torch.linalg.vecdot(part, part) for part in wide]) / counts.unsqueeze(1)
-        first = self.folded(mean_square, counts, settings.time)
-        for layer, part, hidden in zip(first, v.inputs.split(sizes, 1), v.hidden[0].split(sizes, 1), strict=True):
-            torch.mm(layer, part, out=hidden)
-        out = self.rest(v.hidden[0].relu_(), count)
-        step = out[0].mul_(out[1].exp_())
-        if a.normalize_step:
-            scale = torch.rsqrt(mean_square[:, a.momentum] + a.eps).to(x)
-            step.addcmul_(x[a.momentum], scale.repeat_interleave(lengths, output_size=count))
-            means = [
-                torch.stack([part @ part for part in step.split(sizes)]),
-                torch.stack([part.sum() for part in out[2].split(sizes)]),
-            ]
-            size = self.size(means[0] / counts, means[1] / counts, mean_square[:, a.momentum])
-            step.mul_((size / a.step_mult).repeat_interleave(lengths, output_size=count))
-        step.mul_(a.step_mult * settings.size)
-        if settings.limit < math.inf:
-            step.clamp_(-settings.limit, settings.limit)
+    def _apply(self, chunk: Chunk, step: Tensor, factor: float, settings: Settings) -> None:
+        """Take a step times a factor, or Adam's for a part."""
         if settings.trust < 1:
-            seconds = [e.state["second_moment"].view(-1) for e in entries]
-            joined = torch.cat(seconds)
-            gradient = torch.cat([e.gradient.reshape(-1) for e in entries]).to(x.dtype).mul_(settings.gradient)
-            step = mixed(step, torch.cat(momenta, 1)[DECAYS.index(0.9)], gradient, joined, settings)
-            torch._foreach_copy_(seconds, joined.split(sizes))
-        parts = [s.view(e.parameter.shape) for s, e in zip(step.split(sizes), entries, strict=True)]
-        torch._foreach_sub_([e.parameter for e in entries], parts)
+            step = self._mixed(chunk, step.mul_(factor).clamp_(-settings.limit, settings.limit), settings)
+            factor = 1.0
+        elif settings.limit < math.inf and factor:
+            bound = settings.limit / abs(factor)
+            step.clamp_(-bound, bound)
+        torch._foreach_sub_(chunk.parameters, chunk.split(step), alpha=factor)
+
+    def _mixed(self, chunk: Chunk, step: Tensor, settings: Settings) -> Tensor:
+        v, second = self.views(sum(chunk.lengths)), gather(torch.empty_like(step), chunk.seconds)
+        step = mixed(step, v.momenta[DECAYS.index(0.9)], v.gradient, second, settings)
+        torch._foreach_copy_(chunk.seconds, chunk.split(second))
+        return step
+
+    # -- normalised steps --------------------------------------------------------------------------------------------
+
+    def _normalized(
+        self,
+        chunks: list[Chunk],
+        first: Sequence[Tensor],
+        mean_square: Tensor,
+        means: _Means,
+        settings: Settings,
+        room: int,
+    ) -> None:
+        """Take steps of the size that each tensor's third output chooses; up to `room` elements are kept until then."""
+        energy = mean_square[:, self.architecture.momentum]
+        scale = torch.rsqrt(energy + self.architecture.eps).tolist()
+        kept: dict[int, Tensor] = {}
+        sums = []
+        for i, chunk in enumerate(chunks):
+            u = self._moved(chunk, first, scale, settings.gradient)
+            third = self.views(sum(chunk.lengths)).rows[2]
+            for x, y in zip(chunk.split(u), chunk.split(third), strict=True):
+                sums += [torch.dot(x, x), y.sum()]
+            if len(u) <= room:
+                kept[i] = u.clone()
+                room -= len(u)
+        squares, scales = means(torch.stack(sums).view(-1, 2).double()).unbind(1)
+        size = self.size(squares, scales, energy).tolist()
+        for i, chunk in enumerate(chunks):
+            if i not in kept:
+                u = self._moved(chunk, first, scale, settings.gradient)
+            else:
+                u = kept.pop(i)
+                if settings.trust < 1:
+                    self._fill(chunk, settings.gradient)  # Adam's part is of the gradient
+            torch._foreach_mul_(chunk.split(u), [size[tensor] for tensor in chunk.tensors])
+            self._apply(chunk, u, settings.size, settings)
+
+    def _moved(self, chunk: Chunk, first: Sequence[Tensor], scale: list[float], factor: float) -> Tensor:
+        """Return the direction of a chunk, which starts from the momentum."""
+        u = self._direction(chunk, first, factor)
+        momentum = self.views(sum(chunk.lengths)).inputs[self.architecture.momentum]
+        for tensor, x, m in zip(chunk.tensors, chunk.split(u), chunk.split(momentum), strict=True):
+            x.add_(m, alpha=scale[tensor])
+        return u
 
 
-class _Part(NamedTuple):
-    """A chunk of a tensor: views of its elements."""
+class _Means:
+    """Means over the elements of tensors, from sums over their runs."""
 
-    begin: int
-    end: int
-    length: int
-    parameter: Tensor
-    gradient: Tensor
-    momenta: Tensor
-    second: Tensor
+    def __init__(self, chunks: Sequence[Chunk], sizes: Sequence[int], device: torch.device) -> None:
+        self.tensors = torch.tensor([tensor for chunk in chunks for tensor in chunk.tensors], device=device)
+        self.counts = torch.tensor(sizes, dtype=torch.float64, device=device)
 
+    def __call__(self, sums: Tensor) -> Tensor:
+        """Return the means.
 
-class _Flat:
-    """The elements of a parameter, its gradient and its state in the order of the parameter's memory, in chunks."""
-
-    def __init__(self, entry: Entry, chunk: int) -> None:
-        p = entry.parameter
-        order = memory_order(p)
-        self.target = p.permute(order)
-        self.parameter = self.target.reshape(-1)
-        self.gradient = entry.gradient.permute(order).reshape(-1)
-        self.state = entry.state["momenta"].permute([0, *(i + 1 for i in order)])
-        self.momenta = self.state.reshape(len(DECAYS), -1)
-        self.second = self.parameter
-        self.kept: Tensor | None = None
-        if "second_moment" in entry.state:
-            self.kept = entry.state["second_moment"].permute(order)
-            self.second = self.kept.reshape(-1)
-        flat = (self.parameter, self.gradient, self.momenta, self.second)
-        parts = zip(*(x.split(chunk, -1) for x in flat), strict=True)
-        starts = range(0, len(self.parameter), chunk)
-        self.parts = [_Part(a, a + len(own[0]), len(own[0]), *own) for a, own in zip(starts, parts, strict=True)]
-
-    def write_back(self) -> None:
-        """Copy where reshaping made a copy: for memory with gaps or another order than the parameter's."""
-        pairs = [(self.target, self.parameter), (self.state, self.momenta)]
-        if self.kept is not None:
-            pairs.append((self.kept, self.second))
-        for place, values in pairs:
-            if place.data_ptr() != values.data_ptr():
-                place.copy_(values.view(place.shape))
-
-
-def memory_order(x: Tensor) -> list[int]:
-    """Return the dimensions of a tensor from the slowest to the fastest in memory.
-
-    Example:
-        >>> memory_order(torch.zeros(2, 3).T)
-        [1, 0]
-    """
-    strides = x.stride()
-    return sorted(range(x.ndim), key=lambda i: (-strides[i], i))
+        Shapes:
+            `(runs, ...)`, float64 -> `(tensors, ...)`.
+        """
+        total = sums.new_zeros(len(self.counts), *sums.shape[1:]).index_add_(0, self.tensors, sums)
+        return total / self.counts.unsqueeze(1)
 
 
 def mixed(step: Tensor, momentum: Tensor, gradient: Tensor, second: Tensor, settings: Settings) -> Tensor:
@@ -350,6 +301,15 @@ def mixed(step: Tensor, momentum: Tensor, gradient: Tensor, second: Tensor, sett
     return step * settings.trust + ratio * ((1 - settings.trust) * settings.adam_lr)
 
 
-def _scaled(out: Tensor, x: Tensor, factor: float) -> Tensor:
-    out.copy_(x)
-    return out if factor == 1 else out.mul_(factor)
+def _batches(entries: Sequence[Entry], room: float) -> Iterator[list[Entry]]:
+    """Yield lists of tensors of at most `room` elements together, where one is not more by itself."""
+    batch: list[Entry] = []
+    count = 0
+    for entry in entries:
+        if batch and count + entry.parameter.numel() > room:
+            yield batch
+            batch, count = [], 0
+        batch.append(entry)
+        count += entry.parameter.numel()
+    if batch:
+        yield batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,11 @@ from lightning_methods.errors import (
     UnsupportedTraining,
     check_choice,
 )
+from lightning_methods.learned_optimizer.chunks import Entry, memory_order
 from lightning_methods.learned_optimizer.factored import factored_step
-from lightning_methods.learned_optimizer.fast import CHUNK, SMALL, Engine, Entry, Settings, memory_order
+from lightning_methods.learned_optimizer.fast import Engine, Network, Settings
 from lightning_methods.learned_optimizer.functional import DECAYS
+from lightning_methods.learned_optimizer.fused import FusedEngine, is_usable
 from lightning_methods.learned_optimizer.guard import Guard
 from lightning_methods.learned_optimizer.unrolled import small_fc_shapes
 from lightning_methods.learned_optimizer.weights import Weights, load_weights
@@ -100,7 +102,7 @@ class LearnedOptimizer(Optimizer):
         self.nonfinite, self.max_grad_norm = nonfinite, max_grad_norm
         self.guard = Guard(lr=guard_lr) if guard else None
         self.skipped_steps = 0
-        self._engines: dict[tuple[torch.dtype, torch.device], Engine] = {}
+        self._networks: dict[tuple[torch.dtype, torch.device], Network] = {}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -186,21 +188,19 @@ class LearnedOptimizer(Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_([e.parameter for e in entries], 1 - lr * group["weight_decay"])
         total = sum(e.parameter.numel() for e in entries)
+        steps = [e.state["step"] for e in entries]
         together: dict[Any, list[Entry]] = {}
-        for entry in entries:
-            t = int(entry.state["step"])
-            entry.state["step"] += 1
+        for entry, t in zip(entries, torch.stack(steps).tolist(), strict=True):
             p = entry.parameter
-            engine = self._engine(p)
-            if engine.architecture.features == "small_fc":
-                factored_step(engine, entry, self._settings(t, lr, factor))
-            elif p.numel() >= SMALL or not _is_plain(entry):
-                engine.large(entry, self._settings(t, lr, factor), total)
-            else:
-                together.setdefault((p.dtype, p.device, entry.gradient.dtype, t), []).append(entry)
-        for (*_, t), own in together.items():
-            for batch in _batches(own, CHUNK):
-                self._engine(batch[0].parameter).small(batch, self._settings(t, lr, factor))
+            together.setdefault((t, p.dtype, p.device, entry.gradient.dtype), []).append(entry)
+        torch._foreach_add_(steps, 1)
+        for (t, *_), own in together.items():
+            settings, network = self._settings(t, lr, factor), self._network(own[0].parameter)
+            if isinstance(network, Engine):
+                network.update(own, settings, total)
+                continue
+            for entry in own:
+                factored_step(network, entry, settings)
 
     def _settings(self, t: int, lr: float, factor: float) -> Settings:
         if self.guard is None:
@@ -210,11 +210,13 @@ class LearnedOptimizer(Optimizer):
         size, limit = self.guard.size(t, clock), self.guard.step_limit
         return Settings(time, lr * size, factor, self.guard.trust, self.guard.lr * lr * size, limit * lr)
 
-    def _engine(self, p: Tensor) -> Engine:
+    def _network(self, p: Tensor) -> Network:
         key = (torch.promote_types(p.dtype, torch.float32), p.device)
-        if key not in self._engines:
-            self._engines[key] = Engine(self.weights.architecture, self.weights.theta, *key)
-        return self._engines[key]
+        if key not in self._networks:
+            a = self.weights.architecture
+            make = Network if a.features == "small_fc" else FusedEngine if is_usable(a, *key) else Engine
+            self._networks[key] = make(a, self.weights.theta, *key)
+        return self._networks[key]
 
     # -- gradients that are not finite, and the running loss -----------------------------------------------------------
 
@@ -223,7 +225,9 @@ class LearnedOptimizer(Optimizer):
         if not gradients or (self.nonfinite == "propagate" and self.max_grad_norm is None):
             return None
         norms = torch._foreach_norm(gradients)
-        largest = torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).norm()
+        if len({n.device for n in norms}) > 1:
+            norms = tuple(n.to(norms[0].device) for n in norms)
+        largest = torch.stack(norms).norm(dtype=torch.float64)
         if bool(largest < _LARGE):
             return float(largest)
         squares = [g.double().square().sum().to(norms[0].device) for g in gradients]
@@ -309,26 +313,7 @@ class LearnedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("weights", "nonfinite", "max_grad_norm", "guard", "skipped_steps")
-        return super().__getstate__() | {name: getattr(self, name) for name in names} | {"_engines": {}}
-
-
-def _is_plain(entry: Entry) -> bool:
-    """Tell whether a tensor and its state flatten without a copy."""
-    return entry.parameter.is_contiguous() and entry.state["momenta"].is_contiguous()
-
-
-def _batches(entries: Iterable[Entry], most: int) -> Iterable[list[Entry]]:
-    """Yield lists of tensors of at most `most` elements together."""
-    batch: list[Entry] = []
-    count = 0
-    for entry in entries:
-        if batch and count + entry.parameter.numel() > most:
-            yield batch
-            batch, count = [], 0
-        batch.append(entry)
-        count += entry.parameter.numel()
-    if batch:
-        yield batch
+        return super().__getstate__() | {name: getattr(self, name) for name in names} | {"_networks": {}}
 
 
 def _check_parameter(p: Tensor) -> None:

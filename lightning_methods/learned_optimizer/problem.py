@@ -89,6 +89,7 @@ class InnerTraining:
                 grads = self._gradients(params, train[k], differentiable)
                 params, optimizer = self.form.step(theta, params, grads, optimizer, t + k)
                 losses.append(self.task.losses(params, *self._samples(outer[k], theta)))
+        optimizer = {k: v.contiguous() for k, v in optimizer.items()}  # not a view of all inputs
         state = {**{f"p{i}": p for i, p in enumerate(params)}, **optimizer, "order": state["order"]}
         return torch.stack(losses, 1), state
 

@@ -107,7 +107,7 @@ class UnrolledOptimizer:
         flat = torch.cat([p.reshape(len(p), -1) for p in params], 1)
         inputs, state = self._inputs(weights, params, grads, flat, state)
         member, counts = self.member.to(flat), self.numel.to(flat)
-        mean_square = (inputs.square() @ member / counts).transpose(-1, -2)
+        mean_square = self._squares(inputs[:, :-1]) / counts.unsqueeze(1)
         time = time_features(t, dtype=flat.dtype).to(flat.device)
         scale, bias = fold(a, weights, mean_square, time, counts)
         out = self._network(weights, inputs, scale, bias)
@@ -123,26 +123,33 @@ class UnrolledOptimizer:
         moved = (flat - update).split(self.sizes, 1)
         return [x.view(len(x), *shape) for x, shape in zip(moved, self.shapes, strict=True)], state
 
+    def _squares(self, inputs: Tensor) -> Tensor:
+        """Return the sums of squares over each tensor: `(P, F, N)` -> `(P, K, F)`."""
+        parts = inputs.split(self.sizes, 2)
+        if torch.is_grad_enabled():
+            return torch.stack([part.square().sum(2) for part in parts], 1)
+        return torch.stack([torch.linalg.vector_norm(part, dim=2) for part in parts], 1).square_()
+
     def _network(self, weights: dict[str, Tensor], inputs: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         """Return the outputs for all elements, tensor by tensor, with the factors of the inputs in the first layer."""
         a = self.architecture
-        # (P, K, H, F): what normalises the inputs is multiplied into the weights, which are fewer
-        first = weights["w0"][:, None, : a.elements].transpose(-1, -2) * scale.unsqueeze(-2)
+        # (P, K, H, F + 1): what normalises the inputs is multiplied into the weights, which are fewer; the bias is the
+        # weight of the last input
+        first = weights["w0"][:, None, : a.elements].mT * scale.unsqueeze(-2)
+        first = torch.cat([first, bias.unsqueeze(-1)], -1)
+        last = weights["w_out"].mT
         outputs = []
         for k, x in enumerate(inputs.split(self.sizes, 2)):
             blocks = [slice(None)] if torch.is_grad_enabled() else _blocks(len(x), a.hidden_size * x.shape[2])
             parts = []
             for rows in blocks:
-                hidden = torch.baddbmm(bias[rows, k].unsqueeze(-1), first[rows, k], x[rows])
+                hidden = torch.bmm(first[rows, k], x[rows])
                 hidden = hidden.relu() if hidden.requires_grad else hidden.relu_()
                 if a.hidden_layers == 2:
-                    hidden = torch.baddbmm(
-                        weights["b1"][rows].unsqueeze(-1), weights["w1"][rows].transpose(1, 2), hidden
-                    ).relu()
-                w_out = weights["w_out"][rows].transpose(1, 2)
-                parts.append(torch.baddbmm(weights["b_out"][rows].unsqueeze(-1), w_out, hidden))
-            outputs.append(torch.cat(parts) if len(parts) > 1 else parts[0])
-        return torch.cat(outputs, 2)
+                    hidden = torch.baddbmm(weights["b1"][rows].unsqueeze(-1), weights["w1"][rows].mT, hidden).relu()
+                parts.append(torch.bmm(last[rows], hidden))
+            outputs += [torch.cat(parts)] if len(parts) > 1 else parts
+        return torch.cat(outputs, 2) + weights["b_out"].unsqueeze(-1)
 
     def _inputs(
         self,
@@ -152,11 +159,9 @@ class UnrolledOptimizer:
         flat: Tensor,
         state: State,
     ) -> tuple[Tensor, State]:
+        """Return the inputs of the elements, with a last one that is 1, `(P, F + 1, N)`, and the state moved on."""
         if self.architecture.features != "small_fc":
-            gradient = torch.cat([g.reshape(len(g), -1) for g in grads], 1)
-            kept = torch.tensor(DECAYS, dtype=flat.dtype, device=flat.device).view(1, -1, 1)
-            momenta = torch.lerp(gradient.unsqueeze(1), state["momenta"], kept)
-            return paper_inputs(gradient, flat, momenta), {"momenta": momenta}
+            return self._paper_inputs(torch.cat([g.reshape(len(g), -1) for g in grads], 1), flat, state["momenta"])
         decays = {n: learned_decay(d, weights[n]) for n, d in SMALL_FC_DECAYS.items()}
         rows: list[Tensor] = []
         new: State = {}
@@ -168,7 +173,18 @@ class UnrolledOptimizer:
             own = advance_small_fc(g, own, decays, ndim)
             rows.append(small_fc_inputs(g, p, own, ndim, factored_dims(shape)).flatten(2))
             new |= {f"{i}/{name}": x for name, x in own.items()}
-        return torch.cat(rows, 2), new
+        return torch.cat([torch.cat(rows, 2), flat.new_ones(len(flat), 1, flat.shape[1])], 1), new
+
+    def _paper_inputs(self, gradient: Tensor, flat: Tensor, momenta: Tensor) -> tuple[Tensor, State]:
+        kept = torch.tensor(DECAYS, dtype=flat.dtype, device=flat.device).view(1, -1, 1)
+        if torch.is_grad_enabled():
+            momenta = torch.lerp(gradient.unsqueeze(1), momenta, kept)
+            inputs = paper_inputs(gradient, flat, momenta)
+            return torch.cat([inputs, torch.ones_like(flat).unsqueeze(1)], 1), {"momenta": momenta}
+        inputs = flat.new_empty(len(flat), self.architecture.elements + 1, flat.shape[1])
+        inputs[:, 0], inputs[:, 1], inputs[:, -1] = gradient, flat, 1
+        torch.lerp(gradient.unsqueeze(1), momenta, kept, out=inputs[:, 2:-1])
+        return inputs, {"momenta": inputs[:, 2:-1]}
 
 
 def _blocks(particles: int, floats: int) -> list[slice]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lightning_methods import LearnedOptimizer
 from lightning_methods.errors import InvalidArgument, LightningMethodsWarning, NotFinite, UnsupportedTraining
 from lightning_methods.learned_optimizer import Architecture, available_weights, weights_card
-from lightning_methods.learned_optimizer.fast import CHUNK, Engine
+from lightning_methods.learned_optimizer.fast import Engine
 from lightning_methods.learned_optimizer.guard import Guard
 from lightning_methods.learned_optimizer.unrolled import UnrolledOptimizer
 from lightning_methods.learned_optimizer.weights import Weights, load_weights, save_weights
@@ -87,14 +87,13 @@ def test_the_fast_step_is_the_differentiable_one(features, layers, normalize):
     assert difference(params, [x[0] for x in own]) < 1e-10
 
 
-@pytest.mark.parametrize("features", ["paper", "signal", "small_fc"])
-@pytest.mark.parametrize("chunk", [100, 8192])
+@pytest.mark.parametrize(("features", "chunk"), [("paper", 97), ("paper", 5000), ("signal", 97), ("small_fc", 997)])
 def test_how_it_is_cut_does_not_matter(monkeypatch, features, chunk):
     weights = made_weights(features=features, normalize_step=features == "signal")
     whole, cut = made_params(), made_params()
     run(whole, weights=weights, guard=False)
-    monkeypatch.setattr("lightning_methods.learned_optimizer.optimizer.CHUNK", chunk)
-    monkeypatch.setattr("lightning_methods.learned_optimizer.optimizer.SMALL", 0 if chunk == 8192 else 50)
+    monkeypatch.setattr("lightning_methods.learned_optimizer.factored.CHUNK", chunk)
+    monkeypatch.setattr("lightning_methods.learned_optimizer.fast._KEPT_AT_LEAST", 0)  # a part is computed twice
     monkeypatch.setattr(Engine.__init__, "__defaults__", (chunk,))
     run(cut, weights=weights, guard=False)
     assert difference(whole, cut) < 2e-6
@@ -523,4 +522,3 @@ def test_in_a_trainer(tmp_path):
     assert torch.equal(module.second.bias, frozen)
     assert optimizer.guard.seen == trainer.global_step
     assert trainer.callback_metrics["loss"] < 1.0
-    assert CHUNK == 8192
