@@ -129,13 +129,13 @@ def train(name: str, stage: str, seed: int) -> None:
 
 
 def choose(name: str) -> None:
-    """Compare the weights of all stages and seeds on the validation tasks at 200 and at 2,000 steps, with the guard."""
+    """Compare the weights of all stages and seeds on the validation tasks at 200 and at 1,000 steps, with the guard."""
     made = [(stage, seed) for stage in STAGES if stage in CONFIG[name] for seed in CONFIG[name]["seeds"]]
     paths = [RUNS / f"{name}_{stage}_{seed}.json" for stage, seed in made]
     every = validate.compare(paths, Pace(CONFIG[name]["clock"], POWER))
     for (stage, seed), path, rows in zip(made, paths, every, strict=True):
         place = {"weights": name, "stage": stage, "seed": seed, **spent(path)}
-        means = {column: f"{validate.overall(rows, column):.4f}" for column in ("mean_200", "mean_2000", "last")}
+        means = {column: f"{validate.overall(rows, column):.4f}" for column in ("mean_200", "mean_1000", "last")}
         validate.write(CHOICE, [place | means])
         validate.write(CHOICE.with_stem("choice_tasks"), [place | row for row in rows])
         print(place, means)
@@ -149,7 +149,7 @@ def spent(path: Path) -> dict[str, float]:
 def chosen(name: str) -> dict[str, str]:
     """Return the row of the least geometric mean of both lengths."""
     own = [row for row in csv.DictReader(CHOICE.open()) if row["weights"] == name]
-    return min(own, key=lambda row: float(row["mean_200"]) * float(row["mean_2000"]))
+    return min(own, key=lambda row: float(row["mean_200"]) * float(row["mean_1000"]))
 
 
 def ship(name: str) -> None:

@@ -13,7 +13,7 @@ from lightning_methods.learned_optimizer.guard import Guard
 from lightning_methods.learned_optimizer.unrolled import State, UnrolledOptimizer
 from lightning_methods.learned_optimizer.weights import Weights
 
-POWER = 0.5
+POWER = 1.0
 
 
 class Pace(NamedTuple):

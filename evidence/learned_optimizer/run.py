@@ -2,7 +2,7 @@
 
     python evidence/learned_optimizer/run.py --root data             # goes on where it stopped
     python evidence/learned_optimizer/run.py --root data --time      # wall clock of a step
-    python evidence/learned_optimizer/run.py --show                  # the tables alone
+    python evidence/learned_optimizer/show.py                        # tables and figure
 
 Learning rates of the baselines are the best of the mean validation loss on two tuning seeds, for each task and length.
 The learned optimizers are not tuned. Inputs are standardised and cut at 6 deviations; batches of 32. Trainings of one
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from paced import FREE, Pace, Paced
-from scipy import stats
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -395,40 +394,6 @@ def run(root: str, seeds: int, steps: list[int], tasks: list[str], optimizers: l
                 (trial.learned if optimizer in LEARNED else trial.tuned)(optimizer, range(seeds))
 
 
-def mean(values: list[float]) -> str:
-    x = np.asarray(values)
-    if len(x) < 2:
-        return f"{x.mean():.3f}"
-    return f"{x.mean():.3f} ± {stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)):.3f}"
-
-
-def show() -> None:
-    """Print a table for each task and length."""
-    rows = [row for row in Book().rows.values() if int(row["seed"]) not in TUNING]
-    times = {}
-    if TIMES.is_file():
-        times = {(r["task"], r["optimizer"]): f"{float(r['ms_per_step']):.2f}" for r in csv.DictReader(TIMES.open())}
-    for steps in (200, 2000):
-        for task in TASKS:
-            own = [r for r in rows if r["task"] == task and int(r["steps"]) == steps]
-            if not own:
-                continue
-            adam = {int(r["seed"]): float(r["mean_val"]) for r in own if r["optimizer"] == "Adam"}
-            print(f"\n### {task}, {steps} steps\n")
-            columns = ["", "lr", "mean val loss", "over Adam's", "final val loss", "test loss", "accuracy", "ms a step"]
-            print("| " + " | ".join(columns) + " |\n|---|" + "---:|" * (len(columns) - 1))
-            for name in [*LEARNED, *BASELINES]:
-                runs = [r for r in own if r["optimizer"] == name]
-                if not runs:
-                    continue
-                paired = [float(r["mean_val"]) / adam[int(r["seed"])] for r in runs if int(r["seed"]) in adam]
-                cells = [name, runs[0]["lr"], mean([float(r["mean_val"]) for r in runs])]
-                cells += [mean(paired) if paired and name != "Adam" else ""]
-                cells += [mean([float(r[k]) for r in runs]) for k in ("final_val", "test", "accuracy")]
-                cells.append(times.get((task, name), ""))
-                print("| " + " | ".join(cells) + " |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder of MNIST")
@@ -437,14 +402,12 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--optimizers", nargs="*", default=[*LEARNED, *BASELINES])
     parser.add_argument("--time", action="store_true", help="only the wall clock of a step")
-    parser.add_argument("--show", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.time:
         time_steps(args.root, args.tasks, args.optimizers)
-    elif not args.show:
+    else:
         run(args.root, args.seeds, args.steps, args.tasks, args.optimizers)
-    show()
 
 
 if __name__ == "__main__":
