@@ -129,8 +129,11 @@ def train(name: str, stage: str, seed: int) -> None:
 
 
 def choose(name: str) -> None:
-    """Compare the weights of all stages and seeds on the validation tasks at 200 and at 1,000 steps, with the guard."""
+    """Compare what was made on the validation tasks at 200 and at 1,000 steps, with the guard, where not done."""
     made = [(stage, seed) for stage in STAGES if stage in CONFIG[name] for seed in CONFIG[name]["seeds"]]
+    rows = list(csv.DictReader(CHOICE.open())) if CHOICE.is_file() else []
+    done = {(row["weights"], row["stage"], int(row["seed"])) for row in rows}
+    made = [place for place in made if (name, *place) not in done]
     paths = [RUNS / f"{name}_{stage}_{seed}.json" for stage, seed in made]
     every = validate.compare(paths, Pace(CONFIG[name]["clock"], POWER))
     for (stage, seed), path, rows in zip(made, paths, every, strict=True):
