@@ -83,7 +83,7 @@ def build(name: str, stage: str, seed: int) -> tuple[MetaTraining, int]:
     start: dict[str, Any] = CONFIG[name]["architecture"]
     if stage == "then":
         start = {"start": str(RUNS / f"{name}_first_{seed}.json")}
-    tasks = families(CONFIG[name]["family"], own["max_parameters"])
+    tasks = families(own["family"], own["max_parameters"])
     return MetaTraining(tasks, **settings, **start, steps_per_epoch=10, seed=seed), own["steps"]
 
 
