@@ -73,7 +73,7 @@ def figure() -> Any:
             axes.errorbar(x, y, xerr=spread, fmt="o", markersize=4.5, linewidth=1.2, color=color, label=name)
         axes.axvline(1.0, color="#4d4d4d", linewidth=1.0)
         axes.set_xscale("log")
-        ticks = [0.5, 0.7, 1.0, 1.5, 2.0, 3.0]
+        ticks = [0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         axes.set_xticks([], minor=True)
         axes.set_yticks(range(len(tasks)), tasks)
