@@ -1,13 +1,14 @@
 """Make the shipped weights: meta-training on a CPU, each stage from a seed, and the choice on validation tasks.
 
     python evidence/learned_optimizer/meta_train.py lm-small first --seed 0     # and 1, and 2
+    python evidence/learned_optimizer/meta_train.py lm-small then --seed 0      # and 1, and 2
     python evidence/learned_optimizer/meta_train.py lm-small choose
-    python evidence/learned_optimizer/meta_train.py lm-small then
     python evidence/learned_optimizer/meta_train.py lm-small ship
-    python evidence/learned_optimizer/meta_train.py metz19 first --seed 0
+    python evidence/learned_optimizer/meta_train.py metz19 first --seed 0       # and 1, and 2
+    python evidence/learned_optimizer/meta_train.py metz19 choose
     python evidence/learned_optimizer/meta_train.py metz19 ship
 
-A stage that was interrupted goes on from its checkpoint. Results of the choice: results/choice.csv.
+A stage that was interrupted goes on from its checkpoint. The choice rests on results/choice.csv and choice_tasks.csv.
 """
 
 from __future__ import annotations
@@ -19,39 +20,35 @@ import time
 from pathlib import Path
 from typing import Any
 
+import run as evidence
 import torch
+import validate
 import yaml
 from lightning.pytorch import Callback, Trainer
+from paced import POWER, Pace
 from sklearn.datasets import make_classification
 from torch import Tensor
 
-from lightning_methods import DigitsDataModule
 from lightning_methods.learned_optimizer import ClassifierFamily, MetaTraining, TruncationSchedule
-from lightning_methods.learned_optimizer.samples import samples_of
 from lightning_methods.learned_optimizer.weights import Weights, load_weights, save_weights
 
 HERE = Path(__file__).parent
 RUNS = HERE / "runs"
 PACKAGE = HERE.parents[1] / "lightning_methods" / "learned_optimizer" / "weights"
-# (samples, inputs, of which informative, classes, clusters a class, separation)
-SYNTHETIC = [
-    (400, 8, 5, 2, 2, 1.0),
-    (800, 16, 8, 3, 2, 1.5),
-    (1500, 30, 10, 5, 1, 1.0),
-    (600, 24, 12, 4, 2, 2.0),
-    (2000, 50, 20, 10, 1, 1.5),
-]
+CONFIG = yaml.safe_load((HERE / "meta_train.yaml").read_text())
+STAGES = ("first", "then")
+CHOICE = HERE / "results" / "choice.csv"
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Return the training part of the digits; what is evaluated is another one."""
-    data = DigitsDataModule(seed=0)
-    data.setup("fit")
-    return samples_of(data)
+    """Return the training part of the digits as run.py divides them: what is reported there is on other images."""
+    x, y = evidence.digits().train
+    return x.unflatten(1, (1, 8, 8)), y
 
 
-def synthetic(index: int) -> tuple[Tensor, Tensor]:
-    samples, inputs, informative, classes, clusters, separation = SYNTHETIC[index]
+def synthetic(index: int, random_state: int) -> tuple[Tensor, Tensor]:
+    """Return a set of Gaussian clusters, standardised; the small ones are soon overfitted."""
+    samples, inputs, informative, classes, clusters, separation = CONFIG["synthetic"][index]
     x, y = make_classification(
         samples,
         inputs,
@@ -61,34 +58,19 @@ def synthetic(index: int) -> tuple[Tensor, Tensor]:
         n_clusters_per_class=clusters,
         class_sep=separation,
         flip_y=0.02,
-        random_state=100 + index,
+        random_state=random_state + index,
     )
     x = torch.from_numpy(x).float()
     return (x - x.mean(0)) / x.std(0), torch.from_numpy(y).long()
 
 
-def families(settings: dict[str, Any], max_parameters: int) -> list[ClassifierFamily]:
-    """Return the digits, as often as all synthetic sets together, and those."""
-    options = {**settings, "max_parameters": max_parameters}
-    sets = [ClassifierFamily(*synthetic(i), **options, name=f"synthetic{i}") for i in range(len(SYNTHETIC))]
-    return [ClassifierFamily(*digits(), **options, name="digits") for _ in SYNTHETIC] + sets
-
-
-class Eval:
-    """A task of the validation: a draw of a family that meta-training does not make."""
-
-    def __init__(self, family: ClassifierFamily, draw: int) -> None:
-        self.task = family.sample(1_000_000 + draw)
-        self.name = self.task.name
-
-    def sample(self, seed: int) -> Any:
-        """Return the task."""
-        return self.task
-
-
-def evaluation_tasks(settings: dict[str, Any]) -> list[Eval]:
-    every = families(settings, 8000)
-    return [Eval(every[0], i) for i in range(2, 8)] + [Eval(f, i) for i, f in enumerate(every[len(SYNTHETIC) :])]
+def families(name: str, max_parameters: int, random_state: int = 100) -> list[ClassifierFamily]:
+    """Return the digits, as often as all synthetic sets together, and those; or the digits alone."""
+    own = CONFIG["families"][name]
+    options = {**own["settings"], "max_parameters": max_parameters}
+    count = len(CONFIG["synthetic"]) if own["synthetic"] else 0
+    sets = [ClassifierFamily(*synthetic(i, random_state), **options, name=f"synthetic{i}") for i in range(count)]
+    return [ClassifierFamily(*digits(), **options, name="digits") for _ in range(max(count, 1))] + sets
 
 
 def schedule(value: Any) -> Any:
@@ -96,25 +78,22 @@ def schedule(value: Any) -> Any:
 
 
 def build(name: str, stage: str, seed: int) -> tuple[MetaTraining, int]:
-    config = yaml.safe_load((HERE / "meta_train.yaml").read_text())
-    own = config[name][stage]
-    steps = own["steps"] if stage == "then" else config[name]["seeds"][seed]
+    own = CONFIG[name][stage]
     settings = {k: schedule(v) for k, v in own["settings"].items()}
-    start: dict[str, Any] = config[name]["architecture"]
+    start: dict[str, Any] = CONFIG[name]["architecture"]
     if stage == "then":
-        start = {"start": str(RUNS / f"{name}_first_{chosen(name)}.json")}
-    tasks = families(config["families"], own["max_parameters"])
-    model = MetaTraining(
-        tasks, **settings, **start, decay_steps=own.get("decay_steps", steps), steps_per_epoch=10, seed=seed
-    )
-    return model, steps
+        start = {"start": str(RUNS / f"{name}_first_{seed}.json")}
+    tasks = families(own["family"], own["max_parameters"])
+    return MetaTraining(tasks, **settings, **start, steps_per_epoch=10, seed=seed), own["steps"]
 
 
 class Log(Callback):
-    """Print and keep what every tenth outer step shows, with the CPU time so far, and write the weights."""
+    """Keep the mean of every ten outer steps with the CPU time so far, and write checkpoint and weights."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.before = path, time.process_time()
+        self.path = path
+        rows = path.with_suffix(".jsonl").read_text().splitlines() if path.with_suffix(".ckpt").is_file() else []
+        self.before = time.process_time() - (json.loads(rows[-1])["cpu_seconds"] if rows else 0.0)
 
     def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
         """Write a row."""
@@ -122,14 +101,12 @@ class Log(Callback):
         row |= {"step": int(module.outer_step), "cpu_seconds": round(time.process_time() - self.before, 1)}
         with self.path.with_suffix(".jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if row["step"] % 50 == 0:
+        if row["step"] % 50 < 10:  # after a resumption epochs end at other steps
             trainer.save_checkpoint(self.path.with_suffix(".ckpt"))
             module.export(self.path.with_suffix(".json"))
 
 
 def train(name: str, stage: str, seed: int) -> None:
-    if stage == "then":
-        seed = chosen(name)
     path = RUNS / f"{name}_{stage}_{seed}"
     RUNS.mkdir(parents=True, exist_ok=True)
     model, steps = build(name, stage, seed)
@@ -151,60 +128,56 @@ def train(name: str, stage: str, seed: int) -> None:
     print(path.with_suffix(".json"))
 
 
-def evaluate(path: Path, settings: dict[str, Any]) -> dict[str, float]:
-    """Return mean losses of the validation tasks over 100 and over 500 steps."""
-    tasks = evaluation_tasks(settings)
-    model = MetaTraining(tasks, start=str(path))
-    losses = [model.evaluate(task, steps=500, seeds=1) for task in tasks]
-    return {str(n): float(torch.stack([x[:, :n].mean() for x in losses]).mean()) for n in (100, 500)}
-
-
 def choose(name: str) -> None:
-    """Compare the seeds of the first stage by the mean of both horizons, and write the result."""
-    config = yaml.safe_load((HERE / "meta_train.yaml").read_text())
-    target = HERE / "results" / "choice.csv"
-    target.parent.mkdir(exist_ok=True)
-    done = target.is_file()
-    with target.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if not done:
-            writer.writerow(["weights", "seed", "outer_steps", "mean_100", "mean_500"])
-        for seed, steps in config[name]["seeds"].items():
-            found = evaluate(RUNS / f"{name}_first_{seed}.json", config["families"])
-            writer.writerow([name, seed, steps, found["100"], found["500"]])
-            print(name, seed, found)
-            file.flush()
+    """Compare what was made on the validation tasks at 200 and at 1,000 steps, with the guard, where not done."""
+    made = [(stage, seed) for stage in STAGES if stage in CONFIG[name] for seed in CONFIG[name]["seeds"]]
+    rows = list(csv.DictReader(CHOICE.open())) if CHOICE.is_file() else []
+    done = {(row["weights"], row["stage"], int(row["seed"])) for row in rows}
+    made = [place for place in made if (name, *place) not in done]
+    paths = [RUNS / f"{name}_{stage}_{seed}.json" for stage, seed in made]
+    every = validate.compare(paths, Pace(CONFIG[name]["clock"], POWER))
+    for (stage, seed), path, rows in zip(made, paths, every, strict=True):
+        place = {"weights": name, "stage": stage, "seed": seed, **spent(path)}
+        means = {column: f"{validate.overall(rows, column):.4f}" for column in ("mean_200", "mean_1000", "last")}
+        validate.write(CHOICE, [place | means])
+        validate.write(CHOICE.with_stem("choice_tasks"), [place | row for row in rows])
+        print(place, means)
+
+
+def spent(path: Path) -> dict[str, float]:
+    last = json.loads(path.with_suffix(".jsonl").read_text().splitlines()[-1])
+    return {"outer_steps": last["step"], "cpu_seconds": last["cpu_seconds"]}
+
+
+def chosen(name: str) -> dict[str, str]:
+    """Return the row of the least geometric mean of both lengths."""
+    own = [row for row in csv.DictReader(CHOICE.open()) if row["weights"] == name]
+    return min(own, key=lambda row: float(row["mean_200"]) * float(row["mean_1000"]))
 
 
 def ship(name: str) -> None:
-    """Put the weights into the package, with what made them on their card."""
-    config = yaml.safe_load((HERE / "meta_train.yaml").read_text())
-    found = load_weights(RUNS / f"{name}_{config[name]['ships']}_{chosen(name)}.json")
+    """Put the chosen weights into the package, with what made them on their card."""
+    row = chosen(name)
+    found = load_weights(RUNS / f"{name}_{row['stage']}_{row['seed']}.json")
+    stages = STAGES[: STAGES.index(row["stage"]) + 1]
+    made = [spent(RUNS / f"{name}_{stage}_{row['seed']}.json") for stage in stages]
     card = {
         **found.card,
-        "horizon": config[name]["horizon"],
-        "clock": config[name]["clock"],
+        "outer_steps": sum(m["outer_steps"] for m in made),
+        "cpu_seconds": round(sum(m["cpu_seconds"] for m in made)),
+        "clock": CONFIG[name]["clock"],
         "tasks": sorted(set(found.card["tasks"])),
-        "seeds_tried": len(config[name]["seeds"]),
+        "seeds_tried": len(CONFIG[name]["seeds"]),
         "command": f"python evidence/learned_optimizer/meta_train.py {name} ...",
         "measured": "evidence/learned_optimizer/README.md",
     }
     print(save_weights(PACKAGE / f"{name}.json", Weights(name, found.architecture, found.theta, card)))
 
 
-def chosen(name: str) -> int:
-    config = yaml.safe_load((HERE / "meta_train.yaml").read_text())
-    if len(config[name]["seeds"]) == 1:
-        return next(iter(config[name]["seeds"]))
-    rows = list(csv.DictReader((HERE / "results" / "choice.csv").open()))
-    own = [r for r in rows if r["weights"] == name]
-    return int(min(own, key=lambda r: float(r["mean_100"]) + float(r["mean_500"]))["seed"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["lm-small", "metz19"])
-    parser.add_argument("stage", choices=["first", "choose", "then", "ship"])
+    parser.add_argument("stage", choices=["first", "then", "choose", "ship"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,10 +1,12 @@
 """Learned against tuned optimizers: each training by itself, paired by seed; results are appended a row at a time.
 
     python evidence/learned_optimizer/run.py --root data             # goes on where it stopped
-    python evidence/learned_optimizer/run.py --show                  # the tables alone
+    python evidence/learned_optimizer/run.py --root data --time      # wall clock of a step
+    python evidence/learned_optimizer/show.py                        # tables and figure
 
 Learning rates of the baselines are the best of the mean validation loss on two tuning seeds, for each task and length.
-The learned optimizers are not tuned. Inputs are standardised and cut at 6 deviations; batches of 32.
+The learned optimizers are not tuned. Inputs are standardised and cut at 6 deviations; batches of 32. Trainings of one
+task run side by side where their optimizers let them; the wall clock is that of trainings by themselves.
 """
 
 from __future__ import annotations
@@ -20,16 +22,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
+from paced import FREE, Pace, Paced
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_methods import LearnedOptimizer
 from lightning_methods.learned_optimizer import ModuleTask
+from lightning_methods.learned_optimizer.guard import Guard
+from lightning_methods.learned_optimizer.weights import load_weights
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "runs.csv"
+TIMES = HERE / "results" / "times.csv"
 FIELDS = [
     "task",
     "steps",
@@ -40,7 +45,6 @@ FIELDS = [
     "final_val",
     "test",
     "accuracy",
-    "ms_per_step",
     "trust",
 ]
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -77,9 +81,11 @@ def split(x: np.ndarray, y: np.ndarray, *, parts: tuple[float, float] = (0.6, 0.
 
 
 def digits(classes: range = range(10)) -> Data:
-    x, y = load_digits(return_X_y=True)
-    kept = np.isin(y, list(classes))
-    return split(x[kept], y[kept] - min(classes))
+    """Return digits of these classes, of the parts that all digits are divided into."""
+    first, last = min(classes), max(classes)
+    parts = split(*load_digits(return_X_y=True))
+    kept = [(y >= first) & (y <= last) for _, y in parts]
+    return Data(*((x[rows], y[rows] - first) for (x, y), rows in zip(parts, kept, strict=True)))
 
 
 def mnist(root: str) -> Data:
@@ -108,6 +114,24 @@ def conv() -> nn.Module:
     )
 
 
+class Residual(nn.Module):
+    """Add to group-normalised features of 5 by 5 pixels what two convolutions make of them; classify the mean."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, width, 5, padding=2))
+        self.branch = nn.Sequential(
+            *(nn.GroupNorm(3, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)),
+            *(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)),
+        )
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return class scores of flat images."""
+        x = self.stem(x)
+        return self.head((x + self.branch(x)).relu().mean((2, 3)))
+
+
 class Task(NamedTuple):
     """A network on data, and the numbers of steps that are of interest."""
 
@@ -119,11 +143,13 @@ class Task(NamedTuple):
 TASKS = {
     "digits, MLP 32": Task(lambda root: digits(), mlp(64, 32, 10), (200,)),
     "digits, conv net": Task(lambda root: digits(), conv, (200,)),
+    "digits, residual conv net": Task(lambda root: digits(), Residual, (200,)),
     "digits, MLP 128-128-128": Task(lambda root: digits(), mlp(64, 128, 128, 128, 10), (200,)),
     "wine": Task(lambda root: split(*load_wine(return_X_y=True)), mlp(13, 32, 3), (200, 2000)),
     "breast cancer": Task(lambda root: split(*load_breast_cancer(return_X_y=True)), mlp(30, 32, 2), (200, 2000)),
     "iris": Task(lambda root: split(*load_iris(return_X_y=True)), mlp(4, 32, 3), (200,)),
     "MNIST 14x14, MLP 64": Task(mnist, mlp(196, 64, 10), (200, 2000)),
+    "digits 0-4": Task(lambda root: digits(range(5)), mlp(64, 32, 5), (200, 2000)),
     "digits 5-9": Task(lambda root: digits(range(5, 10)), mlp(64, 32, 5), (200, 2000)),
 }
 
@@ -133,21 +159,11 @@ def train(task: Task, data: Data, make: Callable[[Any], Any], steps: int, seed: 
     torch.manual_seed(seed)
     net = task.net()
     optimizer = make(net.parameters())
-    (x, y), val, spent = data.train, [], 0.0
+    (x, y), val = data.train, []
     rows = torch.randint(len(x), (steps, 32))
-    every = max(1, steps // 40)
     for t in range(steps):
-        start = time.perf_counter()
-
-        def closure(own: Tensor = rows[t]) -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(net(x[own]), y[own])
-            loss.backward()
-            return loss.detach()
-
-        optimizer.step(closure)
-        spent += time.perf_counter() - start
-        if (t + 1) % every == 0:
+        optimizer.step(closure_of(net, optimizer, x[rows[t]], y[rows[t]]))
+        if (t + 1) % max(1, steps // 40) == 0:
             val.append(loss_of(net, data.val))
     guard = getattr(optimizer, "guard", None)
     return {
@@ -155,43 +171,109 @@ def train(task: Task, data: Data, make: Callable[[Any], Any], steps: int, seed: 
         "final_val": val[-1],
         "test": loss_of(net, data.test),
         "accuracy": accuracy_of(net, data.test),
-        "ms_per_step": 1000 * spent / steps,
         "trust": math.nan if guard is None else guard.trust,
     }
 
 
-def train_together(task: Task, data: Data, optimizer: str, lr: float, steps: int, seeds: Sequence[int]) -> list[dict]:
-    """Train once for each seed, all side by side: baselines work element by element, so that each goes its own way."""
-    nets, rows = [], []
-    for seed in seeds:
-        torch.manual_seed(seed)
-        nets.append(task.net())
-        rows.append(torch.randint(len(data.train[0]), (steps, 32)))
-    own = ModuleTask(nets[0], *data.train, batch_size=32)
-    params = [torch.stack(p).detach().requires_grad_() for p in zip(*(n.parameters() for n in nets), strict=True)]
-    made = BASELINES[optimizer](params, lr)
-    (x, y), batches, val, spent = data.train, torch.stack(rows, 1), [], 0.0
+def closure_of(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        return loss.detach()
 
-    def losses(samples: tuple[Tensor, Tensor]) -> Tensor:
-        with torch.no_grad():
-            found = own.losses(params, *(v.expand(len(seeds), *v.shape) for v in samples))
+    return closure
+
+
+class Side(NamedTuple):
+    """Trainings side by side: a network for each seed, their stacked parameters, and the samples of every step."""
+
+    task: ModuleTask
+    data: Data
+    nets: list[nn.Module]
+    params: list[Tensor]
+    rows: Tensor
+
+    @classmethod
+    def begin(cls, task: Task, data: Data, steps: int, seeds: Sequence[int]) -> Side:
+        """Draw as `train` does."""
+        nets, rows = [], []
+        for seed in seeds:
+            torch.manual_seed(seed)
+            nets.append(task.net())
+            rows.append(torch.randint(len(data.train[0]), (steps, 32)))
+        own = ModuleTask(nets[0], *data.train, batch_size=32)
+        params = [torch.stack(p).detach().requires_grad_() for p in zip(*(n.parameters() for n in nets), strict=True)]
+        return cls(own, data, nets, params, torch.stack(rows, 1))
+
+    def train_losses(self, params: list[Tensor], t: int) -> Tensor:
+        """Return the losses on the samples of a step."""
+        x, y = self.data.train
+        return self.task.losses(params, x[self.rows[t]], y[self.rows[t]])
+
+    @torch.no_grad()
+    def losses(self, params: list[Tensor], samples: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the losses on the same samples for all, those that are no number as a large one."""
+        found = self.task.losses(params, *(v.expand(len(self.nets), *v.shape) for v in samples))
         return torch.where(found < 1e4, found, 1e4)
 
+    def results(self, params: list[Tensor], val: list[Tensor]) -> list[dict[str, float]]:
+        """Return what is reported of each."""
+        curve, test, found = torch.stack(val), self.losses(params, self.data.test), []
+        for i, net in enumerate(self.nets):
+            for p, value in zip(net.parameters(), params, strict=True):
+                p.data.copy_(value[i].detach())
+            row = {"mean_val": float(curve[:, i].mean()), "final_val": float(curve[-1, i]), "test": float(test[i])}
+            found.append({**row, "accuracy": accuracy_of(net, self.data.test), "trust": math.nan})
+        return found
+
+
+def train_together(task: Task, data: Data, optimizer: str, lr: float, steps: int, seeds: Sequence[int]) -> list[dict]:
+    """Train once for each seed, all side by side: baselines work element by element, so that each goes its own way."""
+    side, val = Side.begin(task, data, steps, seeds), []
+    if not side.task.is_fast:
+        return [train(task, data, lambda p: BASELINES[optimizer](p, lr), steps, seed) for seed in seeds]
+    made = BASELINES[optimizer](side.params, lr)
     for t in range(steps):
-        start = time.perf_counter()
         made.zero_grad()
-        own.losses(params, x[batches[t]], y[batches[t]]).sum().backward()
+        side.train_losses(side.params, t).sum().backward()
         made.step()
-        spent += time.perf_counter() - start
         if (t + 1) % max(1, steps // 40) == 0:
-            val.append(losses(data.val))
-    curve, test, found = torch.stack(val), losses(data.test), []
-    for i, net in enumerate(nets):
-        for p, value in zip(net.parameters(), params, strict=True):
-            p.data.copy_(value[i].detach())
-        row = {"mean_val": float(curve[:, i].mean()), "final_val": float(curve[-1, i]), "test": float(test[i])}
-        found.append({**row, "accuracy": accuracy_of(net, data.test), "ms_per_step": math.nan, "trust": math.nan})
-    return found
+            val.append(side.losses(side.params, data.val))
+    return side.results(side.params, val)
+
+
+def learn_together(task: Task, data: Data, optimizer: str, steps: int, seeds: Sequence[int]) -> list[dict]:
+    """Train with a learned optimizer, all seeds side by side; those whose guard steps in once more, each by itself."""
+    settings = LEARNED[optimizer]
+    weights = load_weights(settings.get("weights", "lm-small"))
+    guarded = settings.get("guard", True)
+    side, val = Side.begin(task, data, steps, seeds), []
+    if not side.task.is_fast:
+        return [train(task, data, lambda p: LearnedOptimizer(p, **settings), steps, seed) for seed in seeds]
+    form, guards = Paced(weights.architecture, side.task.shapes), [Guard() for _ in seeds]
+    form.pace = Pace.of(weights) if guarded else FREE
+    theta, params = weights.theta.expand(len(seeds), -1), side.params
+    state = form.begin(params[0], len(seeds))
+    for t in range(steps):
+        losses = side.train_losses(params, t)
+        grads = torch.autograd.grad(losses.sum(), params)
+        for guard, loss in zip(guards, losses.tolist(), strict=True):
+            guard.observe(loss)
+        with torch.no_grad():
+            moved, state = form.step(theta, params, grads, state, t)
+        params = [p.requires_grad_() for p in moved]
+        if (t + 1) % max(1, steps // 40) == 0:
+            val.append(side.losses(params, data.val))
+    found = side.results(params, val)
+    if not guarded:
+        return found
+    return [
+        {**row, "trust": 1.0}
+        if guard.trust == 1
+        else train(task, data, lambda p: LearnedOptimizer(p, **settings), steps, seed)
+        for row, guard, seed in zip(found, guards, seeds, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -246,17 +328,15 @@ class Trial(NamedTuple):
     data: Data
 
     def learned(self, optimizer: str, seeds: Sequence[int]) -> None:
-        """Train with a learned optimizer, a seed at a time, where it has not been."""
-        for seed in seeds:
-            place = {"task": self.name, "steps": self.steps, "optimizer": optimizer, "lr": "none", "seed": seed}
-            if not self.book.has(place):
-                settings = LEARNED[optimizer]
-                self.book.add(
-                    place,
-                    train(
-                        TASKS[self.name], self.data, lambda p, s=settings: LearnedOptimizer(p, **s), self.steps, seed
-                    ),
-                )
+        """Train with a learned optimizer the seeds that have not been."""
+        places = [
+            {"task": self.name, "steps": self.steps, "optimizer": optimizer, "lr": "none", "seed": s} for s in seeds
+        ]
+        new = [place for place in places if not self.book.has(place)]
+        if new:
+            rows = learn_together(TASKS[self.name], self.data, optimizer, self.steps, [p["seed"] for p in new])
+            for place, row in zip(new, rows, strict=True):
+                self.book.add(place, row)
 
     def results(self, optimizer: str, lr: float, seeds: Sequence[int]) -> list[dict[str, str]]:
         """Return the rows of a baseline, run where they have not been."""
@@ -277,6 +357,32 @@ class Trial(NamedTuple):
         self.results(optimizer, min(found, key=lambda lr: found[lr]), seeds)
 
 
+def time_steps(root: str, tasks: list[str], optimizers: list[str], steps: int = 60) -> None:
+    """Time forward, backward and step of each training by itself, in turns, and write the medians."""
+    rows = []
+    for name in tasks:
+        task, data = TASKS[name], TASKS[name].data(root)
+        x, y = data.train
+        nets = [task.net() for _ in optimizers]
+        made = [
+            LearnedOptimizer(net.parameters(), **LEARNED[o]) if o in LEARNED else BASELINES[o](net.parameters(), 1e-3)
+            for net, o in zip(nets, optimizers, strict=True)
+        ]
+        spent = np.zeros((len(optimizers), steps))
+        for t in range(steps):
+            own = torch.randint(len(x), (32,))
+            for i, (net, optimizer) in enumerate(zip(nets, made, strict=True)):
+                closure = closure_of(net, optimizer, x[own], y[own])
+                start = time.perf_counter()
+                optimizer.step(closure)
+                spent[i, t] = 1000 * (time.perf_counter() - start)
+        for optimizer, ms in zip(optimizers, np.median(spent, 1), strict=True):
+            rows.append([name, optimizer, f"{ms:.3f}"])
+            print(*rows[-1], flush=True)
+    with TIMES.open("w", newline="") as file:
+        csv.writer(file).writerows([["task", "optimizer", "ms_per_step"], *rows])
+
+
 def run(root: str, seeds: int, steps: list[int], tasks: list[str], optimizers: list[str]) -> None:
     book = Book()
     for length in steps:
@@ -288,37 +394,6 @@ def run(root: str, seeds: int, steps: list[int], tasks: list[str], optimizers: l
                 (trial.learned if optimizer in LEARNED else trial.tuned)(optimizer, range(seeds))
 
 
-def mean(values: list[float]) -> str:
-    x = np.asarray(values)
-    if len(x) < 2:
-        return f"{x.mean():.3f}"
-    return f"{x.mean():.3f} ± {stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)):.3f}"
-
-
-def show() -> None:
-    """Print a table for each task and length."""
-    rows = [row for row in Book().rows.values() if int(row["seed"]) not in TUNING]
-    for steps in (200, 2000):
-        for task in TASKS:
-            own = [r for r in rows if r["task"] == task and int(r["steps"]) == steps]
-            if not own:
-                continue
-            adam = {int(r["seed"]): float(r["mean_val"]) for r in own if r["optimizer"] == "Adam"}
-            print(f"\n### {task}, {steps} steps\n")
-            columns = ["", "lr", "mean val loss", "over Adam's", "final val loss", "test loss", "accuracy", "ms a step"]
-            print("| " + " | ".join(columns) + " |\n|---|" + "---:|" * (len(columns) - 1))
-            for name in [*LEARNED, *BASELINES]:
-                runs = [r for r in own if r["optimizer"] == name]
-                if not runs:
-                    continue
-                paired = [float(r["mean_val"]) / adam[int(r["seed"])] for r in runs if int(r["seed"]) in adam]
-                cells = [name, runs[0]["lr"], mean([float(r["mean_val"]) for r in runs])]
-                cells += [mean(paired) if paired and name != "Adam" else ""]
-                cells += [mean([float(r[k]) for r in runs]) for k in ("final_val", "test", "accuracy")]
-                cells.append(f"{np.median([float(r['ms_per_step']) for r in runs]):.2f}")
-                print("| " + " | ".join(cells) + " |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder of MNIST")
@@ -326,12 +401,13 @@ def main() -> None:
     parser.add_argument("--steps", nargs="*", type=int, default=[200, 2000])
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--optimizers", nargs="*", default=[*LEARNED, *BASELINES])
-    parser.add_argument("--show", action="store_true")
+    parser.add_argument("--time", action="store_true", help="only the wall clock of a step")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if not args.show:
+    if args.time:
+        time_steps(args.root, args.tasks, args.optimizers)
+    else:
         run(args.root, args.seeds, args.steps, args.tasks, args.optimizers)
-    show()
 
 
 if __name__ == "__main__":

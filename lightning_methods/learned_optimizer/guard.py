@@ -83,7 +83,7 @@ class Guard:
             self.rest = _PATIENCE
 
     def size(self, step: int, clock: int | None) -> float:
-        """Return the factor of a learned step: past the clock's end it falls with the root of time.
+        """Return the factor of a learned step: past the clock's end it falls as one over time.
 
         Args:
             step: updates before this one.
@@ -91,9 +91,9 @@ class Guard:
 
         Example:
             >>> Guard().size(100, 200), Guard().size(800, 200)
-            (1.0, 0.5)
+            (1.0, 0.25)
         """
-        return 1.0 if not clock or step <= clock else math.sqrt(clock / step)
+        return 1.0 if not clock or step <= clock else clock / step
 
     def state_dict(self) -> dict[str, float]:
         """Return what it has seen, as plain numbers."""

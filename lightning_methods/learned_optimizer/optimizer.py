@@ -42,7 +42,7 @@ class LearnedOptimizer(Optimizer):
     output chooses. There is no learning rate to tune; `lr` multiplies the step, so that schedulers work.
 
     The guard, on by default, keeps it from diverging beyond what it was trained for: time stands still for the network
-    at the `clock` of the weights' card, and steps then fall with the root of time; no element moves by more than
+    at the `clock` of the weights' card, and steps then fall as one over time; no element moves by more than
     `0.1 lr`; and where the running loss that the closure returns gives back a quarter of what was gained, half of
     the step is replaced by Adam's (learning rate `guard_lr`), and so on until all is. Ranks decide by their mean loss.
 

@@ -37,7 +37,7 @@ def chaotic(weights: str = "metz19", factor: float = 1.0) -> tuple[Architecture,
 
     Example:
         >>> chaotic(factor=4.0)[0].step_mult
-        0.004
+        0.04
     """
     own = load_weights(weights)
     settings = own.architecture.to_dict()

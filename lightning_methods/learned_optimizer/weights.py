@@ -83,7 +83,7 @@ def weights_card(name: str) -> dict[str, Any]:
 
     Example:
         >>> sorted(weights_card("metz19"))[:3]
-        ['clock', 'command', 'estimator']
+        ['clock', 'command', 'cpu_seconds']
     """
     return dict(load_weights(name).card)
 

@@ -241,7 +241,7 @@ def test_what_cannot_be_a_task_or_a_meta_training():
 
 
 def test_variance_explodes_with_the_unroll_and_smoothing_smooths():
-    task, rule = made_task(batch_size=8), showing.chaotic("metz19", factor=20.0)
+    task, rule = made_task(batch_size=8), showing.chaotic("metz19", factor=10.0)
     rows = showing.estimator_variances(task, *rule, [2, 30], pairs=4)
     assert [row.steps for row in rows] == [2, 30]
     assert rows[0].reparam < rows[0].es

@@ -405,7 +405,7 @@ def test_time_stands_still_and_steps_fall_beyond_the_horizon():
         p.grad = torch.ones(10)
         optimizer.step()
         moved.append(1 - p.detach())
-    torch.testing.assert_close(moved[1], moved[0] / 2, rtol=1e-3, atol=0)
+    torch.testing.assert_close(moved[1], moved[0] / 4, rtol=1e-3, atol=0)
 
 
 def test_a_step_is_limited():
