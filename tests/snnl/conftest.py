@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from matplotlib.figure import Figure
 
-from tests.support.training import leave_undrawn
+from tests.support.drawing import leave_undrawn
 
 
 @pytest.fixture(autouse=True)
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write empty files in place of figures, unless a test is marked `drawn`."""
     if request.node.get_closest_marker("drawn") is None:
-        monkeypatch.setattr(Figure, "savefig", leave_undrawn)
+        leave_undrawn(monkeypatch.setattr)
