@@ -27,8 +27,9 @@ def test_what_should_have_an_effect_has_one(recipe, tmp_path):
 
 
 @pytest.mark.case("accumulate")
-def test_accumulated_gradients(runs, assert_equal):
-    assert_equal(*runs(settings=NOISY, accumulate_grad_batches=3))  # of 5 batches: the last step has two
+@pytest.mark.parametrize("batches", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_accumulated_gradients(runs, assert_equal, batches):
+    assert_equal(*runs(settings=NOISY, accumulate_grad_batches=batches))  # of 5 batches: the last step has fewer
 
 
 @pytest.mark.case("precision")
@@ -75,14 +76,23 @@ def test_manual_optimisation(runs, assert_equal):
     assert_equal(*runs(settings=Settings(manual=True)))
 
 
+def swa():
+    return [StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)]
+
+
+def ema():
+    return [EMAWeightAveraging(decay=0.9)]
+
+
 @pytest.mark.case("averaging")
 @pytest.mark.parametrize(
     ("place", "averaging"),
     [
-        ("before", lambda: [StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)]),
-        ("after", lambda: [EMAWeightAveraging(decay=0.9)]),
+        pytest.param("before", swa, id="swa-before"),
+        pytest.param("after", swa, id="swa-after", marks=pytest.mark.slow),
+        pytest.param("before", ema, id="ema-before", marks=pytest.mark.slow),
+        pytest.param("after", ema, id="ema-after"),
     ],
-    ids=["swa", "ema"],
 )
 def test_weight_averaging_beside_it(runs, assert_equal, averaging, place):
     assert_equal(*runs(**{place: averaging}, max_epochs=3))
@@ -99,6 +109,13 @@ def test_weight_averaging_beside_it(runs, assert_equal, averaging, place):
         {"limit_train_batches": 0},
         {"limit_train_batches": 0.5, "limit_val_batches": 0},
         {"max_steps": 3, "logger": False, "num_sanity_val_steps": 0},
+        # each by itself
+        pytest.param({"fast_dev_run": 3}, marks=pytest.mark.slow),
+        pytest.param({"overfit_batches": 2}, marks=pytest.mark.slow),
+        pytest.param({"logger": False, "num_sanity_val_steps": 0}, marks=pytest.mark.slow),
+        pytest.param({"max_steps": 3}, marks=pytest.mark.slow),
+        pytest.param({"detect_anomaly": True}, marks=pytest.mark.slow),
+        pytest.param({"inference_mode": False}, marks=pytest.mark.slow),
     ],
     ids=lambda mode: ",".join(f"{k}={v}" for k, v in mode.items()),
 )
