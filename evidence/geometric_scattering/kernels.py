@@ -53,10 +53,6 @@ def weisfeiler_lehman(name: str, graphs: list[Any], python: str, folder: Path) -
         return {h: file[str(h)] for h in DEPTHS}
 
 
-def _names(graph: Any) -> Any:
-    return np.bincount(graph.edge_index[0], minlength=graph.num_nodes) if graph.x is None else graph.x.argmax(1)
-
-
 def cross_validate(matrices: dict[int, Any], labels: Any, seed: int) -> CrossValidation:
     """Tune depth and cost, and vote, on the folds of `ScatteringSVM` with this seed."""
     parts = np.array_split(np.random.default_rng(seed).permutation(len(labels)), 10)
@@ -65,13 +61,14 @@ def cross_validate(matrices: dict[int, Any], labels: Any, seed: int) -> CrossVal
     for a, b in itertools.combinations(range(10), 2):
         train = np.concatenate([part for k, part in enumerate(parts) if k not in (a, b)])
         found = {}
-        for cost in COSTS:
-            for h, kernel in matrices.items():
-                machine = SVC(C=cost, kernel="precomputed").fit(kernel[np.ix_(train, train)], labels[train])
-                found[cost, h] = [machine.predict(kernel[np.ix_(parts[k], train)]) for k in (a, b)]
+        for h, kernel in matrices.items():
+            own, onto = kernel[np.ix_(train, train)], [kernel[np.ix_(parts[k], train)] for k in (a, b)]
+            for cost in COSTS:
+                machine = SVC(C=cost, kernel="precomputed", cache_size=1000).fit(own, labels[train])
+                found[cost, h] = [machine.predict(part) for part in onto]
         for val, test, on_val, on_test in ((a, b, 0, 1), (b, a, 1, 0)):
-            right = {key: (both[on_val] == labels[parts[val]]).sum() for key, both in found.items()}
-            best = max(right, key=right.__getitem__)  # the first of the best
+            right = {key: (found[key][on_val] == labels[parts[val]]).sum() for key in sorted(found)}
+            best = max(right, key=right.__getitem__)  # of equals the least cost, then depth
             votes[test][val] = found[best][on_test]
             chosen[test, val - (val > test)] = best
     tested = [[vote for vote in row if vote is not None] for row in votes]

@@ -25,7 +25,6 @@ import torch
 import validate
 import yaml
 from lightning.pytorch import Callback, Trainer
-from paced import POWER, Pace
 from sklearn.datasets import make_classification
 from torch import Tensor
 
@@ -64,10 +63,10 @@ def synthetic(index: int, random_state: int) -> tuple[Tensor, Tensor]:
     return (x - x.mean(0)) / x.std(0), torch.from_numpy(y).long()
 
 
-def families(name: str, max_parameters: int, random_state: int = 100) -> list[ClassifierFamily]:
+def families(name: str, max_parameters: int, random_state: int = 100, **settings: Any) -> list[ClassifierFamily]:
     """Return the digits, as often as all synthetic sets together, and those; or the digits alone."""
     own = CONFIG["families"][name]
-    options = {**own["settings"], "max_parameters": max_parameters}
+    options = {**own["settings"], "max_parameters": max_parameters, **settings}
     count = len(CONFIG["synthetic"]) if own["synthetic"] else 0
     sets = [ClassifierFamily(*synthetic(i, random_state), **options, name=f"synthetic{i}") for i in range(count)]
     return [ClassifierFamily(*digits(), **options, name="digits") for _ in range(max(count, 1))] + sets
@@ -84,6 +83,8 @@ def build(name: str, stage: str, seed: int) -> tuple[MetaTraining, int]:
     if stage == "then":
         start = {"start": str(RUNS / f"{name}_first_{seed}.json")}
     tasks = families(own["family"], own["max_parameters"])
+    if "large" in own:  # a fifth of the episodes
+        tasks += families(own["family"], **own["large"])[:: round(len(tasks) / 5)]
     return MetaTraining(tasks, **settings, **start, steps_per_epoch=10, seed=seed), own["steps"]
 
 
@@ -129,16 +130,16 @@ def train(name: str, stage: str, seed: int) -> None:
 
 
 def choose(name: str) -> None:
-    """Compare what was made on the validation tasks at 200 and at 1,000 steps, with the guard, where not done."""
+    """Compare what was made on the validation tasks at 200 and at 2,000 steps, with the guard, where not done."""
     made = [(stage, seed) for stage in STAGES if stage in CONFIG[name] for seed in CONFIG[name]["seeds"]]
     rows = list(csv.DictReader(CHOICE.open())) if CHOICE.is_file() else []
     done = {(row["weights"], row["stage"], int(row["seed"])) for row in rows}
     made = [place for place in made if (name, *place) not in done]
     paths = [RUNS / f"{name}_{stage}_{seed}.json" for stage, seed in made]
-    every = validate.compare(paths, Pace(CONFIG[name]["clock"], POWER))
+    every = validate.compare(paths, CONFIG[name]["clock"])
     for (stage, seed), path, rows in zip(made, paths, every, strict=True):
         place = {"weights": name, "stage": stage, "seed": seed, **spent(path)}
-        means = {column: f"{validate.overall(rows, column):.4f}" for column in ("mean_200", "mean_1000", "last")}
+        means = {column: f"{validate.overall(rows, column):.4f}" for column in ("mean_200", "mean_2000", "last")}
         validate.write(CHOICE, [place | means])
         validate.write(CHOICE.with_stem("choice_tasks"), [place | row for row in rows])
         print(place, means)
@@ -152,7 +153,7 @@ def spent(path: Path) -> dict[str, float]:
 def chosen(name: str) -> dict[str, str]:
     """Return the row of the least geometric mean of both lengths."""
     own = [row for row in csv.DictReader(CHOICE.open()) if row["weights"] == name]
-    return min(own, key=lambda row: float(row["mean_200"]) * float(row["mean_1000"]))
+    return min(own, key=lambda row: float(row["mean_200"]) * float(row["mean_2000"]))
 
 
 def ship(name: str) -> None:

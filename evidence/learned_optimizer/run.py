@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from paced import FREE, Pace, Paced
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +29,7 @@ from torch.nn import functional as F
 from lightning_methods import LearnedOptimizer
 from lightning_methods.learned_optimizer import ModuleTask
 from lightning_methods.learned_optimizer.guard import Guard
+from lightning_methods.learned_optimizer.unrolled import UnrolledOptimizer
 from lightning_methods.learned_optimizer.weights import load_weights
 
 HERE = Path(__file__).parent
@@ -251,8 +251,8 @@ def learn_together(task: Task, data: Data, optimizer: str, steps: int, seeds: Se
     side, val = Side.begin(task, data, steps, seeds), []
     if not side.task.is_fast:
         return [train(task, data, lambda p: LearnedOptimizer(p, **settings), steps, seed) for seed in seeds]
-    form, guards = Paced(weights.architecture, side.task.shapes), [Guard() for _ in seeds]
-    form.pace = Pace.of(weights) if guarded else FREE
+    form = UnrolledOptimizer(weights.architecture, side.task.shapes, weights.clock if guarded else None)
+    guards = [Guard() for _ in seeds]
     theta, params = weights.theta.expand(len(seeds), -1), side.params
     state = form.begin(params[0], len(seeds))
     for t in range(steps):

@@ -1,6 +1,4 @@
-"""Compare weights, or forms of the guard, on validation tasks: draws and sets that meta-training does not use.
-
-    python evidence/learned_optimizer/validate.py guard runs/a.json runs/b.json     # results/guard.csv
+"""Compare weights on validation tasks: draws and sets that meta-training does not use.
 
 Nothing that run.py reports is among them. The guard's clock and its smaller steps are applied; its Adam steps, which a
 rising training loss calls, are not.
@@ -10,13 +8,11 @@ from __future__ import annotations
 
 import csv
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from paced import Pace, Paced
 from torch import Tensor
 
 from lightning_methods.learned_optimizer import ModuleTask
@@ -25,7 +21,7 @@ from lightning_methods.learned_optimizer.seeding import seed_of
 from lightning_methods.learned_optimizer.weights import load_weights
 
 HERE = Path(__file__).parent
-LENGTHS = (200, 1000)
+LENGTHS = (200, 2000)
 SEEDS = 2
 CLIP = 5.0
 DIGITS, SYNTHETIC = (1, 5, 7, 8), (2, 5, 7, 9)  # draws, and sets; of each kind small and large ones
@@ -41,25 +37,23 @@ def tasks() -> list[ModuleTask]:
 
 
 @torch.no_grad()
-def curves(task: ModuleTask, weights: Sequence[Path | str], pace: Pace, steps: int) -> Tensor:
+def curves(task: ModuleTask, weights: Sequence[Path | str], clock: int, steps: int) -> Tensor:
     """Return the validation losses `(2, SEEDS, steps)` of two weights of one architecture, on the same batches."""
     loaded = [load_weights(path) for path in weights]
-    problem = InnerTraining(loaded[0].architecture, task)
-    problem.form = Paced(loaded[0].architecture, task.shapes)
-    problem.form.pace = pace
+    problem = InnerTraining(loaded[0].architecture, task, clock=clock)
     seeds = [seed_of("validation", i) for i in range(SEEDS)]
     theta = torch.stack([w.theta for w in loaded]).repeat_interleave(SEEDS, 0)
     losses, _ = problem.unroll(theta, problem.begin(theta, seeds), 0, steps, seeds, differentiable=False)
     return torch.where(losses <= CLIP, losses, CLIP).view(2, SEEDS, steps)
 
 
-def compare(weights: Sequence[Path | str], pace: Pace, steps: int = LENGTHS[-1]) -> list[list[dict[str, Any]]]:
+def compare(weights: Sequence[Path | str], clock: int, steps: int = LENGTHS[-1]) -> list[list[dict[str, Any]]]:
     """Return for each of the weights a row a task: mean losses at every length, and the last tenth's."""
     given = list(weights) + [weights[-1]] * (len(weights) % 2)
     found: list[list[dict[str, Any]]] = [[] for _ in given]
     for i in range(0, len(given), 2):
         for task in tasks():
-            for k, own in enumerate(curves(task, given[i : i + 2], pace, steps)):
+            for k, own in enumerate(curves(task, given[i : i + 2], clock, steps)):
                 row = {"task": task.name, **{f"mean_{n}": float(own[:, :n].mean()) for n in LENGTHS if n <= steps}}
                 found[i + k].append({**row, "last": float(own[:, -steps // 10 :].mean())})
     return found[: len(weights)]
@@ -79,21 +73,3 @@ def write(target: Path, rows: list[dict[str, Any]]) -> None:
         if new:
             writer.writeheader()
         writer.writerows(rows)
-
-
-PACES = [Pace(), *(Pace(clock, power) for clock in (200, 500) for power in (0.0, 0.5, 1.0))]
-
-
-def guard(weights: Sequence[str]) -> None:
-    """Measure every pace, and write a row for each and each of the weights."""
-    for pace in PACES:
-        for path, rows in zip(weights, compare(weights, pace), strict=True):
-            name = Path(path).stem
-            means = {c: f"{overall(rows, c):.4f}" for c in ("mean_200", "mean_1000", "last")}
-            write(HERE / "results" / "guard.csv", [{"weights": name, **pace._asdict(), **means}])
-            print(name, *pace, means, flush=True)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    guard(sys.argv[2:])

@@ -71,6 +71,7 @@ def estimate(
     estimator: Estimator = "merged",
     sigma: float = 0.01,
     loss_clip: float = float("inf"),
+    log_floor: float | None = None,
 ) -> Estimates:
     r"""Run one window of an episode and estimate the gradient of its mean loss at :math:`\theta`.
 
@@ -90,6 +91,7 @@ def estimate(
         estimator: which.
         sigma: deviation of the noise. The paper has 0.01.
         loss_clip: larger losses, and those that are no number, count as this much.
+        log_floor: take the logarithm of the mean loss, with this much added, instead of the mean loss.
 
     Example:
         >>> from lightning_methods.learned_optimizer.pathologies import Wave
@@ -111,11 +113,12 @@ def estimate(
     diverged = (~(losses <= loss_clip)).any(1).double().mean().detach()
     # a loss that is no number must not hide behind the clamp, whose gradient at NaN is NaN
     means = torch.where(losses <= loss_clip, losses, loss_clip).mean(1)
+    outer = means if log_floor is None else (means + log_floor).log()
     episode.state, episode.t = {k: v.detach() for k, v in state.items()}, episode.t + steps
-    plus, minus = means.detach().chunk(2)
+    plus, minus = outer.detach().chunk(2)
     reparam = es = None
     if differentiable:
-        gradient = torch.autograd.grad(means.sum(), both)[0] if means.requires_grad else torch.zeros_like(both)
+        gradient = torch.autograd.grad(outer.sum(), both)[0] if outer.requires_grad else torch.zeros_like(both)
         first, second = gradient.chunk(2)
         reparam = (first + second) / 2
     if estimator != "reparam":

@@ -26,7 +26,8 @@ class ClassifierFamily:
         targets: class indices, `(N,)`.
         widths: least and most units a hidden layer, drawn log-uniformly.
         depths: least and most hidden layers.
-        conv: share of convolutional networks, where the inputs are images.
+        conv: share of convolutional networks, where the inputs are images: of 3 by 3 or 5 by 5 pixels, their sides
+            halved by strides or by averages.
         batch_sizes: least and most, drawn log-uniformly.
         subsets: share of episodes on a part of the classes, at least two.
         label_noise: most wrong labels; the share is drawn uniformly in a third of the episodes.
@@ -87,7 +88,7 @@ class ClassifierFamily:
         classes = int(targets.max()) + 1
         shape, depth, activation = inputs.shape[1:], draw.integer(*self.depths), draw.of(_ACTIVATIONS)
         width, conv = round(draw.log_uniform(*self.widths)), len(shape) == 3 and draw.uniform() < self.conv
-        make = _conv_net if conv else _mlp
+        make = partial(_conv_net, draw.of((3, 3, 5)), draw.uniform() < 0.5) if conv else _mlp
         while True:
             module = make(shape, width, depth, classes, activation)
             if width <= self.widths[0] or sum(p.numel() for p in module.parameters()) <= self.max_parameters:
@@ -153,15 +154,24 @@ def _mlp(shape: Sequence[int], width: int, depth: int, classes: int, activation:
     return nn.Sequential(*layers, nn.Linear(size, classes))
 
 
-def _conv_net(shape: Sequence[int], width: int, depth: int, classes: int, activation: type[nn.Module]) -> nn.Module:
-    """Return convolutions that halve the sides, a quarter as wide as the other networks, and a mean over places."""
+def _conv_net(
+    kernel: int,
+    averaged: bool,
+    shape: Sequence[int],
+    width: int,
+    depth: int,
+    classes: int,
+    activation: type[nn.Module],
+) -> nn.Module:
+    """Return convolutions that halve the sides, a quarter as wide as the other networks, and means over places."""
     channels, side = shape[0], min(shape[1:])
     wide = max(4, width // 4)
     layers: list[nn.Module] = []
     for i in range(depth):
-        stride = 2 if i and side > 2 else 1
-        layers += [nn.Conv2d(channels, wide, 3, stride, 1), activation()]
-        channels, side, wide = wide, -(-side // stride), min(2 * wide, 32)
+        by = 2 if i and side > 2 else 1
+        layers += [nn.AvgPool2d(2, ceil_mode=True)] if averaged and by == 2 else []
+        layers += [nn.Conv2d(channels, wide, kernel, 1 if averaged else by, kernel // 2), activation()]
+        channels, side, wide = wide, -(-side // by), min(2 * wide, 32)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, classes))
 
 

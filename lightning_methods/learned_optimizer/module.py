@@ -63,6 +63,11 @@ class MetaTraining(OneFamily, LightningModule):
         outer_lr: of Adam on the weights; it falls to a tenth along a cosine.
         outer_clip: largest norm of the outer gradient.
         loss_clip: larger losses count as this much.
+        log_floor: the outer loss is the logarithm of this much plus the mean of an unroll, so that relative gains
+            count, on easy and on hard tasks, early and late. None, as in the paper, for the mean itself.
+        clock: step of the inner trainings at which time stands still and steps begin to fall, as `LearnedOptimizer`'s
+            guard does it, so that what is trained is what will run. It is exported with the weights. None: learned
+            steps as they are.
         decay_steps: of the cosine; by default the Trainer's `max_steps`.
         eval_tasks: for validation; by default `tasks`.
         eval_steps: inner steps of a validation. Default 200.
@@ -104,6 +109,8 @@ class MetaTraining(OneFamily, LightningModule):
         outer_lr: float = 3e-3,
         outer_clip: float = 1.0,
         loss_clip: float = 5.0,
+        log_floor: float | None = None,
+        clock: int | None = None,
         decay_steps: int | None = None,
         eval_tasks: list[ModuleTask | ClassifierFamily] | None = None,
         eval_steps: int = 200,
@@ -112,13 +119,15 @@ class MetaTraining(OneFamily, LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check(tasks, estimator, num_pairs, tasks_per_step, variance, outer_loss, sigma, outer_lr, outer_clip)
+        _check(tasks, estimator, num_pairs, tasks_per_step, variance, outer_loss, clock)
+        _check_positive(sigma=sigma, outer_lr=outer_lr, outer_clip=outer_clip, log_floor=log_floor)
         _check_pairs(estimator, num_pairs, variance, processes=2 if variance == "split" else 1)
         # plain values only, so that checkpoints load with weights_only=True
         self.save_hyperparameters(
             *("features", "hidden_size", "hidden_layers", "step_mult", "exp_mult", "normalize_step", "estimator"),
             *("num_pairs", "tasks_per_step", "sigma", "outer_loss", "val_fraction", "variance", "second_order"),
-            *("outer_lr", "outer_clip", "loss_clip", "decay_steps", "eval_steps", "eval_seeds", "seed"),
+            *("outer_lr", "outer_clip", "loss_clip", "log_floor", "clock", "decay_steps", "eval_steps", "eval_seeds"),
+            "seed",
         )
         if start is not None:
             given = load_weights(start)
@@ -133,10 +142,12 @@ class MetaTraining(OneFamily, LightningModule):
         self.unroll = unroll if isinstance(unroll, TruncationSchedule) else TruncationSchedule("constant", unroll)
         self.horizon = TruncationSchedule("constant", horizon) if isinstance(horizon, int) else horizon
         self.sigma, self.variance, self.loss_clip = sigma, variance, loss_clip
+        self.log_floor, self.clock = log_floor, clock
         self.inner: dict[str, Any] = {
             "outer_loss": outer_loss,
             "val_fraction": val_fraction,
             "second_order": second_order,
+            "clock": clock,
         }
         self.outer_lr, self.outer_clip, self.decay_steps = outer_lr, outer_clip, decay_steps
         self.eval_steps, self.eval_seeds, self.steps_per_epoch, self.seed = (
@@ -234,6 +245,7 @@ class MetaTraining(OneFamily, LightningModule):
             estimator=self.estimator,
             sigma=self.sigma,
             loss_clip=self.loss_clip,
+            log_floor=self.log_floor,
         )
         self._taken[slot] = episode.t - before
         if episode.is_over:
@@ -351,6 +363,7 @@ class MetaTraining(OneFamily, LightningModule):
             "outer_steps": int(self.outer_step),
             "seed": self.seed,
         }
+        said |= {"clock": self.clock} if self.clock else {}
         theta = self.theta.detach().float().cpu().clone()
         return save_weights(path, Weights(Path(path).stem, self.architecture, theta, said | card))
 
@@ -426,9 +439,7 @@ def _check(
     tasks_per_step: int,
     variance: str,
     outer_loss: str,
-    sigma: float,
-    outer_lr: float,
-    outer_clip: float,
+    clock: int | None,
 ) -> None:
     check_choice("estimator", estimator, ESTIMATORS)
     check_choice("variance", variance, VARIANCES)
@@ -437,6 +448,11 @@ def _check(
         raise InvalidArgument("MetaTraining needs at least one task.")
     if min(num_pairs, tasks_per_step) < 1:
         raise InvalidArgument(f"num_pairs={num_pairs}, tasks_per_step={tasks_per_step}: positive numbers are needed.")
-    for name, value in (("sigma", sigma), ("outer_lr", outer_lr), ("outer_clip", outer_clip)):
-        if not 0 < value < float("inf"):
+    if clock is not None and clock < 1:
+        raise InvalidArgument(f"clock={clock}: a positive number of steps is needed, or None.")
+
+
+def _check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not 0 < value < float("inf"):
             raise InvalidArgument(f"{name}={value}: a positive number is needed.")

@@ -22,6 +22,7 @@ from lightning_methods.learned_optimizer.functional import (
     time_features,
     unit_scale,
 )
+from lightning_methods.learned_optimizer.guard import Guard
 
 State = dict[str, Tensor]
 
@@ -55,6 +56,8 @@ class UnrolledOptimizer:
     Args:
         architecture: of the learned optimizer.
         shapes: of the tensors of one particle.
+        clock: where the guard of `LearnedOptimizer` lets time stand still and steps begin to fall; its limit of a step
+            holds too. None for the learned steps as they are. (The guard's steps of Adam are no part of this.)
 
     Example:
         >>> form = UnrolledOptimizer(Architecture(), [(2, 3), (3,)])
@@ -65,8 +68,8 @@ class UnrolledOptimizer:
         [(4, 2, 3), (4, 3)]
     """
 
-    def __init__(self, architecture: Architecture, shapes: Sequence[Sequence[int]]) -> None:
-        self.architecture = architecture
+    def __init__(self, architecture: Architecture, shapes: Sequence[Sequence[int]], clock: int | None = None) -> None:
+        self.architecture, self.clock, self.guard = architecture, clock, Guard()
         self.shapes = [tuple(shape) for shape in shapes]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.numel = torch.tensor(self.sizes, dtype=torch.float64).clamp(min=1)
@@ -108,7 +111,7 @@ class UnrolledOptimizer:
         inputs, state = self._inputs(weights, params, grads, flat, state)
         member, counts = self.member.to(flat), self.numel.to(flat)
         mean_square = self._squares(inputs[:, :-1]) / counts.unsqueeze(1)
-        time = time_features(t, dtype=flat.dtype).to(flat.device)
+        time = time_features(min(t, self.clock) if self.clock else t, dtype=flat.dtype).to(flat.device)
         scale, bias = fold(a, weights, mean_square, time, counts)
         out = self._network(weights, inputs, scale, bias)
         update = out[:, 0] * torch.exp(a.exp_mult * out[:, 1])
@@ -120,6 +123,9 @@ class UnrolledOptimizer:
             update = update * (size @ member.T)
         else:
             update = update * a.step_mult
+        if self.clock:
+            limit = self.guard.step_limit
+            update = (update * self.guard.size(t, self.clock)).clamp(-limit, limit)
         moved = (flat - update).split(self.sizes, 1)
         return [x.view(len(x), *shape) for x, shape in zip(moved, self.shapes, strict=True)], state
 

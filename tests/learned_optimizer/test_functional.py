@@ -227,6 +227,23 @@ def test_reparameterisation_is_the_derivative_of_the_same_loss(features, normali
     assert (found.reparam @ direction[0]).item() == pytest.approx(numeric.item(), rel=1e-5)
 
 
+def test_the_logarithm_of_the_loss_divides_the_gradient_by_it():
+    a, floor, sigma = Architecture(hidden_size=4, step_mult=0.05), 0.01, 0.02
+    problem = InnerTraining(a, made_task(module=nn.Linear(5, 3).double()))
+    theta, seeds = a.initial(torch.Generator().manual_seed(0)).double(), [1, 2, 3]
+
+    def found(sigma, log_floor):
+        episode = Episode(0, 4, problem.begin(theta, seeds))
+        return estimate(problem, theta, episode, 4, seeds, sigma=sigma, log_floor=log_floor), episode.noise
+
+    (plain, _), (logs, _) = found(1e-12, None), found(1e-12, floor)
+    torch.testing.assert_close(logs.losses, plain.losses)
+    torch.testing.assert_close(logs.reparam, plain.reparam / (plain.losses[:3, None] + floor))
+    logs, noise = found(sigma, floor)
+    plus, minus = (logs.losses + floor).log().chunk(2)
+    torch.testing.assert_close(logs.es, (plus - minus)[:, None] * noise / (2 * sigma**2))
+
+
 def test_pairs_share_everything_but_the_noise():
     a = Architecture(hidden_size=4)
     problem = InnerTraining(a, made_task(module=nn.Linear(5, 3).double()))

@@ -75,10 +75,11 @@ def test_a_minute_of_meta_training_lowers_the_outer_loss_by_two_fifths(tmp_path)
     assert model.evaluate(model.tasks[0], steps=40).mean() < 0.6 * first
 
 
+@pytest.mark.parametrize("clock", [None, 4])
 @pytest.mark.parametrize("features", ["paper", "signal", "small_fc"])
-def test_what_is_exported_trains_as_meta_training_did(features, tmp_path):
+def test_what_is_exported_trains_as_meta_training_did(features, clock, tmp_path):
     model = MetaTraining(
-        [made_task()], features=features, normalize_step=features == "signal", unroll=2, step_mult=0.01
+        [made_task()], features=features, normalize_step=features == "signal", unroll=2, step_mult=0.01, clock=clock
     )
     fit(model, 1, tmp_path)
     path = model.export(tmp_path / "mine.json", note="a test")
@@ -86,9 +87,10 @@ def test_what_is_exported_trains_as_meta_training_did(features, tmp_path):
     assert card["note"] == "a test"
     assert card["outer_steps"] == 1
     assert card["horizon"] == 2
+    assert card.get("clock") == clock
 
     task, seeds, steps = model.tasks[0], [seed_of("evaluation", 0)], 10
-    problem = InnerTraining(model.architecture, task)
+    problem = InnerTraining(model.architecture, task, clock=clock)
     theta = model.theta.detach().expand(2, -1)
     state = problem.begin(theta, seeds)
     rows, outer = problem._batches(state["order"], seeds, steps)
@@ -96,7 +98,7 @@ def test_what_is_exported_trains_as_meta_training_did(features, tmp_path):
     net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
     for p, first in zip(net.parameters(), task.initial(seed_of(seeds[0], "initial")), strict=True):
         p.data.copy_(first)
-    optimizer = LearnedOptimizer(net.parameters(), weights=path, guard=False)
+    optimizer = LearnedOptimizer(net.parameters(), weights=path, guard=clock is not None)
     for t in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(net(task.inputs[rows[t, 0]]), task.targets[rows[t, 0]]).backward()
@@ -229,6 +231,8 @@ def test_what_cannot_be_a_task_or_a_meta_training():
         lambda: MetaTraining([made_task()], num_pairs=1, variance="split"),
         lambda: MetaTraining([made_task()], estimator="tbptt"),
         lambda: MetaTraining([made_task()], sigma=0.0),
+        lambda: MetaTraining([made_task()], clock=0),
+        lambda: MetaTraining([made_task()], log_floor=0.0),
         lambda: MetaTraining([made_task()], start="nothing-such"),
         lambda: InnerTraining(Architecture(), ModuleTask(nn.Linear(2, 2))),
         lambda: InnerTraining(Architecture(), ModuleTask(nn.Linear(2, 2), torch.ones(1, 2), torch.ones(1))),

@@ -87,6 +87,26 @@ def test_the_fast_step_is_the_differentiable_one(features, layers, normalize):
     assert difference(params, [x[0] for x in own]) < 1e-10
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("features", ["paper", "signal", "small_fc"])
+def test_the_differentiable_step_has_the_guards_clock_and_limit(features, normalize):
+    made = made_weights(features=features, normalize_step=normalize, hidden_size=8, step_mult=0.3)
+    weights = Weights("made", made.architecture, made.theta, {"clock": 2})
+    params = made_params(torch.float64)
+    form = UnrolledOptimizer(weights.architecture, SHAPES, clock=2)
+    own, theta = [p.detach().clone()[None] for p in params], weights.theta.double()[None]
+    state = form.begin(theta, 1)
+    optimizer, largest = LearnedOptimizer(params, weights=weights), 0.0
+    for t in range(6):
+        before = torch.cat([p.detach().flatten() for p in params])
+        give_gradients(params, t)
+        optimizer.step()
+        own, state = form.step(theta, own, [p.grad[None] for p in params], state, t)
+        largest = max(largest, float((torch.cat([p.detach().flatten() for p in params]) - before).abs().max()))
+    assert largest == pytest.approx(Guard().step_limit)
+    assert difference(params, [x[0] for x in own]) < 1e-10
+
+
 @pytest.mark.parametrize("features", ["paper", "signal", "small_fc"])
 @pytest.mark.parametrize("chunk", [97, 5000])
 def test_how_it_is_cut_does_not_matter(monkeypatch, features, chunk):

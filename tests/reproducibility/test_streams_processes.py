@@ -11,6 +11,8 @@ from tests.reproducibility.test_streams import CONTENT, FOLLOWS
 from tests.reproducibility.training import SIZE
 from tests.support.processes import run_ranks
 
+pytestmark = pytest.mark.xdist_group("streams-processes")  # one process makes the fixture for all
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
