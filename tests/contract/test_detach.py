@@ -45,7 +45,9 @@ def test_after_one_and_two_fits(recipe, pair, tmp_path):
 
 
 @pytest.mark.case("detach")
-@pytest.mark.parametrize("where", ["in the step", "in a neighbour", "in validation"])
+@pytest.mark.parametrize(
+    "where", ["in the step", pytest.param("in a neighbour", marks=pytest.mark.slow), "in validation"]
+)
 def test_after_an_exception_and_the_fit_after_it(recipe, pair, tmp_path, where):
     callbacks = recipe.callbacks()
     neighbours = {
@@ -65,8 +67,15 @@ def test_after_an_exception_and_the_fit_after_it(recipe, pair, tmp_path, where):
 
 
 @pytest.mark.case("detach")
-@pytest.mark.parametrize("where", ["in the step", "in a neighbour"])
-@pytest.mark.parametrize("made_by", ["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    ("made_by", "where"),
+    [
+        ("deepcopy", "in a neighbour"),
+        ("pickle", "in the step"),
+        pytest.param("deepcopy", "in the step", marks=pytest.mark.slow),
+        pytest.param("pickle", "in a neighbour", marks=pytest.mark.slow),
+    ],
+)
 def test_copies_made_during_training_are_free_and_change_nothing(recipe, tmp_path, where, made_by):
     copies = []
 

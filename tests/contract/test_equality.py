@@ -54,7 +54,7 @@ def test_clipped_gradients(runs, assert_equal, algorithm):
 
 
 @pytest.mark.case("compile")
-@pytest.mark.parametrize("form", ["in place", "assigned"])
+@pytest.mark.parametrize("form", [pytest.param("in place", marks=pytest.mark.slow), "assigned"])
 def test_compiled_inner_modules(recipe, runs, assert_equal, form):
     def prepare(module):
         for name in recipe.inner:

@@ -11,7 +11,8 @@ from tests.reproducibility.test_streams import CONTENT, FOLLOWS
 from tests.reproducibility.training import SIZE
 from tests.support.processes import run_ranks
 
-pytestmark = pytest.mark.xdist_group("streams-processes")  # one process makes the fixture for all
+# one process makes the fixture for all
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("streams-processes")]
 
 
 @pytest.fixture(scope="module")
