@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 RUNS = HERE / "runs"
 PACKAGE = HERE.parents[1] / "lightning_methods" / "learned_optimizer" / "weights"
 CONFIG = yaml.safe_load((HERE / "meta_train.yaml").read_text())
-STAGES = ("first", "then")
+STAGES = ("first", "then", "long")
 CHOICE = HERE / "results" / "choice.csv"
 
 
@@ -80,8 +80,9 @@ def build(name: str, stage: str, seed: int) -> tuple[MetaTraining, int]:
     own = CONFIG[name][stage]
     settings = {k: schedule(v) for k, v in own["settings"].items()}
     start: dict[str, Any] = CONFIG[name]["architecture"]
-    if stage == "then":
-        start = {"start": str(RUNS / f"{name}_first_{seed}.json")}
+    if stage != "first":
+        before = own.get("from", {"stage": STAGES[STAGES.index(stage) - 1], "seed": seed})
+        start = {"start": str(RUNS / f"{name}_{before['stage']}_{before['seed']}.json")}
     tasks = families(own["family"], own["max_parameters"])
     if "large" in own:  # a fifth of the episodes
         tasks += families(own["family"], **own["large"])[:: round(len(tasks) / 5)]
@@ -178,7 +179,7 @@ def ship(name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["lm-small", "metz19"])
-    parser.add_argument("stage", choices=["first", "then", "choose", "ship"])
+    parser.add_argument("stage", choices=[*STAGES, "choose", "ship"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)

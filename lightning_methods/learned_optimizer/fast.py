@@ -16,13 +16,12 @@ from torch import Tensor
 
 from lightning_methods.learned_optimizer.architecture import Architecture
 from lightning_methods.learned_optimizer.chunks import CHUNK, Chunk, Entry, chunks_of, gather
-from lightning_methods.learned_optimizer.functional import DECAYS, step_size, time_features
+from lightning_methods.learned_optimizer.functional import DECAYS, adam_direction, step_size, time_features
 from lightning_methods.learned_optimizer.unrolled import fold
 
 # a normalised step needs the whole tensor before any of it can be taken: as much of it as this share of the state is
 # kept, and at least so many elements; the rest is computed twice
 _KEPT, _KEPT_AT_LEAST = 0.015, 1 << 16
-_ADAM = (0.9, 0.999)
 
 
 @dataclass(frozen=True)
@@ -289,16 +288,10 @@ class _Means:
 
 
 def mixed(step: Tensor, momentum: Tensor, gradient: Tensor, second: Tensor, settings: Settings) -> Tensor:
-    """Return the learned step and Adam's, as trust says; Adam's second moment is moved on.
-
-    It starts with the first square rather than at zero, and a ratio counts as at most one, since the momentum is older.
-    """
-    fresh = second == 0
-    second.lerp_(gradient.square(), 1 - _ADAM[1])
-    second.copy_(torch.where(fresh, gradient.square(), second))
-    corrected = momentum / (1 - _ADAM[0] ** (settings.time + 1))
-    ratio = (corrected / (second.sqrt() + 1e-8)).clamp(-1, 1)
-    return step * settings.trust + ratio * ((1 - settings.trust) * settings.adam_lr)
+    """Return the learned step and Adam's, as trust says; Adam's second moment is moved on."""
+    ratio, moved = adam_direction(momentum, gradient, second, settings.time + 1)
+    second.copy_(moved)
+    return step.mul_(settings.trust).add_(ratio, alpha=(1 - settings.trust) * settings.adam_lr)
 
 
 def _batches(entries: Sequence[Entry], room: float) -> Iterator[list[Entry]]:

@@ -13,6 +13,7 @@ DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 """Decays of the six momenta of the paper's features."""
 TIMES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 """Time scales of the eleven features that tell how far the training is."""
+_ADAM = (0.9, 0.999)
 SMALL_FC_DECAYS = {"momentum": (0.9, 0.99, 0.999), "rms": (0.999,), "factored": (0.9, 0.99, 0.999)}
 """Decays of the accumulators of the 39 features, before what meta-training adds."""
 BOUND = 5.0
@@ -145,6 +146,34 @@ def small_fc_inputs(
 def unit_scale(mean_square: Tensor, eps: float) -> Tensor:
     """Return the factor that gives an input a mean square of one over its tensor."""
     return torch.rsqrt(mean_square + eps)
+
+
+def adam_direction(momentum: Tensor, gradient: Tensor, second: Tensor, updates: int) -> tuple[Tensor, Tensor]:
+    r"""Return Adam's direction, and its second moment moved on.
+
+    .. math:: \mathrm{clip}\Big(\frac{m / (1 - 0.9^{n})}{\sqrt{v} + 10^{-8}}, -1, 1\Big)
+
+    The second moment :math:`v` (decay 0.999) starts with the first square rather than at zero, and a ratio counts as at
+    most one, since the momentum is older.
+
+    Shapes:
+        all the same.
+
+    Args:
+        momentum: of decay 0.9, with this gradient in it.
+        gradient: of this update.
+        second: before it, zeros at first.
+        updates: that the momentum has seen.
+
+    Example:
+        >>> adam_direction(torch.tensor([0.1]), torch.ones(1), torch.zeros(1), 1)
+        (tensor([1.]), tensor([1.]))
+    """
+    square = gradient.square()
+    second = torch.where(second == 0, square, torch.lerp(second, square, 1 - _ADAM[1]))
+    # the root of zero has no derivative
+    root = torch.where(second > 0, second, 1.0).sqrt() * (second > 0) if second.requires_grad else second.sqrt()
+    return (momentum / (1 - _ADAM[0] ** updates) / (root + 1e-8)).clamp(-1, 1), second
 
 
 def apply_network(weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:

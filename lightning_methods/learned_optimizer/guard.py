@@ -16,7 +16,7 @@ _LEAST = 1 / 16
 
 @dataclass
 class Guard:
-    """Falls back towards Adam's step as the running loss says.
+    """Falls back towards Adam's step, past the horizon little by little, and as the running loss says.
 
     The running loss (decay 0.9) is compared with the lowest slow one (decay 0.99). Where a quarter of what was gained
     since the start is lost again, trust is halved, at most every 20 steps; where the loss is above that of the start,
@@ -82,18 +82,18 @@ class Guard:
             self.trust = self.trust / 2 if self.trust / 2 >= _LEAST else 0.0
             self.rest = _PATIENCE
 
-    def size(self, step: int, clock: int | None) -> float:
-        """Return the factor of a learned step: past the clock's end it falls as one over time.
+    def share(self, step: int, clock: int | None) -> float:
+        """Return the share of the learned step: past the clock it falls as one over time, and trust is a factor.
 
         Args:
             step: updates before this one.
             clock: where time stands still.
 
         Example:
-            >>> Guard().size(100, 200), Guard().size(800, 200)
+            >>> Guard().share(100, 200), Guard().share(800, 200)
             (1.0, 0.25)
         """
-        return 1.0 if not clock or step <= clock else clock / step
+        return self.trust * (1.0 if not clock or step <= clock else clock / step)
 
     def state_dict(self) -> dict[str, float]:
         """Return what it has seen, as plain numbers."""

@@ -179,8 +179,6 @@ class LearnedOptimizer(Optimizer):
                 back = [0, *(order.index(i) + 1 for i in range(p.ndim))]
                 rows = torch.zeros(len(DECAYS), *(p.shape[i] for i in order), dtype=dtype, device=p.device)
                 state["momenta"] = rows.permute(back)
-        if self.guard is not None and self.guard.trust < 1 and "second_moment" not in state:
-            state["second_moment"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
         return state
 
     def _step_group(self, group: dict[str, Any], entries: list[Entry], factor: float) -> None:
@@ -196,6 +194,10 @@ class LearnedOptimizer(Optimizer):
         torch._foreach_add_(steps, 1)
         for (t, *_), own in together.items():
             settings, network = self._settings(t, lr, factor), self._network(own[0].parameter)
+            if settings.trust < 1:
+                for p, _, state in own:
+                    if "second_moment" not in state:
+                        state["second_moment"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             if isinstance(network, Engine):
                 network.update(own, settings, total)
                 continue
@@ -207,8 +209,7 @@ class LearnedOptimizer(Optimizer):
             return Settings(t, lr, factor)
         clock = self.weights.clock
         time = t if not clock else min(t, clock)
-        size, limit = self.guard.size(t, clock), self.guard.step_limit
-        return Settings(time, lr * size, factor, self.guard.trust, self.guard.lr * lr * size, limit * lr)
+        return Settings(time, lr, factor, self.guard.share(t, clock), self.guard.lr * lr, self.guard.step_limit * lr)
 
     def _network(self, p: Tensor) -> Network:
         key = (torch.promote_types(p.dtype, torch.float32), p.device)

@@ -12,6 +12,7 @@ from lightning_methods.learned_optimizer.architecture import Architecture
 from lightning_methods.learned_optimizer.functional import (
     DECAYS,
     SMALL_FC_DECAYS,
+    adam_direction,
     advance_small_fc,
     factored_dims,
     learned_decay,
@@ -56,8 +57,8 @@ class UnrolledOptimizer:
     Args:
         architecture: of the learned optimizer.
         shapes: of the tensors of one particle.
-        clock: where the guard of `LearnedOptimizer` lets time stand still and steps begin to fall; its limit of a step
-            holds too. None for the learned steps as they are. (The guard's steps of Adam are no part of this.)
+        clock: where the guard of `LearnedOptimizer` lets time stand still and begins to hand over to Adam; its limit of
+            a step holds too. None for the learned steps as they are. (What it does where the loss rises is no part.)
 
     Example:
         >>> form = UnrolledOptimizer(Architecture(), [(2, 3), (3,)])
@@ -108,6 +109,7 @@ class UnrolledOptimizer:
         """
         a, weights = self.architecture, self.architecture.split(theta)
         flat = torch.cat([p.reshape(len(p), -1) for p in params], 1)
+        second = state.get("second")
         inputs, state = self._inputs(weights, params, grads, flat, state)
         member, counts = self.member.to(flat), self.numel.to(flat)
         mean_square = self._squares(inputs[:, :-1]) / counts.unsqueeze(1)
@@ -124,10 +126,21 @@ class UnrolledOptimizer:
         else:
             update = update * a.step_mult
         if self.clock:
-            limit = self.guard.step_limit
-            update = (update * self.guard.size(t, self.clock)).clamp(-limit, limit)
+            update, second = self._guarded(update, inputs, second, t)
+            state = state if second is None else {**state, "second": second}
         moved = (flat - update).split(self.sizes, 1)
         return [x.view(len(x), *shape) for x, shape in zip(moved, self.shapes, strict=True)], state
+
+    def _guarded(self, update: Tensor, inputs: Tensor, second: Tensor | None, t: int) -> tuple[Tensor, Tensor | None]:
+        """Return the update as the guard of `LearnedOptimizer` lets it be while the loss does not rise."""
+        guard, share = self.guard, self.guard.share(t, self.clock)
+        update = update.clamp(-guard.step_limit, guard.step_limit)
+        if share == 1:
+            return update, second
+        gradient, momentum = inputs[:, 0], inputs[:, self.architecture.momentum]
+        second = torch.zeros_like(gradient) if second is None else second
+        ratio, second = adam_direction(momentum, gradient, second, min(t, self.clock or t) + 1)
+        return share * update + (1 - share) * guard.lr * ratio, second
 
     def _squares(self, inputs: Tensor) -> Tensor:
         """Return the sums of squares over each tensor: `(P, F, N)` -> `(P, K, F)`."""
