@@ -31,6 +31,7 @@ from lightning_methods.learned_optimizer.problem import InnerTraining
 from lightning_methods.learned_optimizer.weights import Weights
 from lightning_methods.models import CIFARResNet
 
+LATE = ", Adam mixed in"  # as the guard does it past the clock
 OTHERS = {
     "19 inputs, 2 layers": Architecture(hidden_layers=2),
     "39 inputs, 2 layers": Architecture("small_fc", hidden_layers=2),
@@ -90,8 +91,12 @@ def maker(form: str, name: str, device: str) -> Any:
         return torch.optim.Adam(params, lr=1e-9, foreach=form == "Adam, foreach", fused=form == "Adam, fused")
     if form == "naive":
         return Naive(params, load_weights("metz19"))
-    weights = made(OTHERS[form]) if form in OTHERS else load_weights(form)
-    return LearnedOptimizer(params, lr=1e-6, weights=weights)
+    name, late = form.removesuffix(LATE), form.endswith(LATE)
+    weights = made(OTHERS[name]) if name in OTHERS else load_weights(name)
+    optimizer = LearnedOptimizer(params, lr=1e-6, weights=weights)
+    for p in params if late else []:
+        optimizer._state_of(p)["step"] += 1000
+    return optimizer
 
 
 def milliseconds(work: Callable[[], object], device: str) -> float:
@@ -155,7 +160,7 @@ def inner_steps(seconds: float = 10.0, pairs: int = 8) -> float:
 def tables(device: str, rounds: int) -> list[Table]:
     shown = Table("Milliseconds of a step", ["", "MLP, 1.0 M", "ResNet-20, 65 tensors"])
     adam = "Adam, fused" if device == "cuda" else "Adam, foreach"
-    forms = [adam, "naive", "metz19", "lm-small", *OTHERS]
+    forms = [adam, "naive", "metz19", "metz19" + LATE, "lm-small", "lm-small" + LATE, *OTHERS]
     options = ["--device", device, "--rounds", rounds]
     by_net = {
         name: in_fresh_process(__file__, "--times-of", name, *options, "--forms", *forms) for name in ("MLP", "ResNet")
@@ -181,6 +186,8 @@ def tables(device: str, rounds: int) -> list[Table]:
         return [shown, large, gates]
     ratio = mlp["metz19"] / mlp[adam]
     gates.rows.append(["ours / foreach Adam, 1.0 M parameters", f"{ratio:.1f}", "at most 18", gate(ratio, 18)])
+    ratio = mlp["metz19" + LATE] / mlp[adam]
+    gates.rows.append(["the same, Adam mixed in", f"{ratio:.1f}", "at most 18", gate(ratio, 18)])
     ratio = mlp["lm-small"] / mlp[adam]
     gates.rows.append(["lm-small / foreach Adam, 1.0 M parameters", f"{ratio:.1f}", "none", ""])
     for name in ("metz19", "lm-small"):

@@ -13,7 +13,8 @@ DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 """Decays of the six momenta of the paper's features."""
 TIMES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 """Time scales of the eleven features that tell how far the training is."""
-_ADAM = (0.9, 0.999)
+ADAM = (0.9, 0.999)
+"""Decays of the step that the guard hands over to."""
 SMALL_FC_DECAYS = {"momentum": (0.9, 0.99, 0.999), "rms": (0.999,), "factored": (0.9, 0.99, 0.999)}
 """Decays of the accumulators of the 39 features, before what meta-training adds."""
 BOUND = 5.0
@@ -170,10 +171,10 @@ def adam_direction(momentum: Tensor, gradient: Tensor, second: Tensor, updates: 
         (tensor([1.]), tensor([1.]))
     """
     square = gradient.square()
-    second = torch.where(second == 0, square, torch.lerp(second, square, 1 - _ADAM[1]))
+    second = torch.where(second == 0, square, torch.lerp(second, square, 1 - ADAM[1]))
     # the root of zero has no derivative
     root = torch.where(second > 0, second, 1.0).sqrt() * (second > 0) if second.requires_grad else second.sqrt()
-    return (momentum / (1 - _ADAM[0] ** updates) / (root + 1e-8)).clamp(-1, 1), second
+    return (momentum / (1 - ADAM[0] ** updates) / (root + 1e-8)).clamp(-1, 1), second
 
 
 def apply_network(weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_methods.learned_optimizer.architecture import Architecture
 from lightning_methods.learned_optimizer.chunks import Entry
 from lightning_methods.learned_optimizer.fast import Engine, Settings
-from lightning_methods.learned_optimizer.functional import TIMES, time_features
+from lightning_methods.learned_optimizer.functional import ADAM, TIMES, time_features
 
 
 @cache
@@ -41,8 +41,6 @@ def is_usable(architecture: Architecture, dtype: torch.dtype, device: torch.devi
 class FusedEngine(Engine):
     """An engine whose step is two launches, whatever the number of tensors.
 
-    While the guard mixes in Adam's step, torch's operations do it.
-
     Args:
         architecture: of the optimizer; `is_usable`.
         theta: its weights.
@@ -64,9 +62,6 @@ class FusedEngine(Engine):
         self._table: tuple[list[list[int]], Tensor] | None = None
 
     def _together(self, entries: Sequence[Entry], settings: Settings, room: int) -> None:
-        if settings.trust < 1:
-            super()._together(entries, settings, room)
-            return
         device = self.like.device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self._launch(entries, settings)
@@ -82,15 +77,21 @@ class FusedEngine(Engine):
         bias = self._bias + time_features(settings.time, dtype=torch.float64) @ self._times
         network = (self._first, self._signals, bias.to(self.like), self.last)
         numbers = (settings.gradient, a.step_mult * settings.size, settings.limit, a.eps)
+        correction = 1 / (1 - ADAM[0] ** (settings.time + 1))
+        numbers += (settings.trust, (1 - settings.trust) * settings.adam_lr, correction)
         arguments = (table, blocks, squares, totals, *network, *numbers)
         form = types | {"H": a.hidden_size, "SIGNAL": a.features == "signal", "NORMALIZE": a.normalize_step}
+        form["ADAM"] = settings.trust < 1
         if a.normalize_step:
             own.move[grid](*arguments, ADD=True, **form)
         own.move[grid](*arguments, ADD=False, **form)
 
     def _addresses(self, entries: Sequence[Entry]) -> Tensor:
-        """Return where parameter, gradient and momenta of each tensor are, and its size, `(K, 4)`."""
-        table = [[p.data_ptr(), g.data_ptr(), state["momenta"].data_ptr(), p.numel()] for p, g, state in entries]
+        """Return where parameter, gradient and momenta of each tensor are, its size, and where Adam's moment is."""
+        table = []
+        for p, g, state in entries:
+            second = state["second_moment"].data_ptr() if "second_moment" in state else 0
+            table.append([p.data_ptr(), g.data_ptr(), state["momenta"].data_ptr(), p.numel(), second])
         if self._table is None or self._table[0] != table:
             self._table = table, torch.tensor(table, dtype=torch.int64, device=self.like.device)
         return self._table[1]

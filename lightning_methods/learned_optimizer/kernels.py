@@ -1,8 +1,8 @@
 """The step as Triton kernels: one program a block of one tensor, all tensors of a model in one launch.
 
 This module imports Triton; nothing imports it before a step on a GPU. Tensors are reached by a table of addresses:
-those of each parameter, gradient and momenta. Sums over a tensor are added up in float64, in which the order of the
-blocks is lost in rounding to float32.
+those of each parameter, gradient, momenta, and second moment where the guard mixes in Adam's step. Sums over a tensor
+are added up in float64, in which the order of the blocks is lost in rounding to float32.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -35,7 +35,7 @@ def _place(table, blocks, BLOCK: tl.constexpr):
     block = tl.program_id(0)
     tensor = tl.load(blocks + 2 * block)
     at = tl.load(blocks + 2 * block + 1) + tl.arange(0, BLOCK)
-    row = table + 4 * tensor
+    row = table + 5 * tensor
     numel = tl.load(row + 3)
     return tensor, at, numel, row
 
@@ -90,12 +90,16 @@ def move(
     size,
     limit,
     eps,
+    trust,
+    adam,
+    correction,
     P: tl.constexpr,
     G: tl.constexpr,
     H: tl.constexpr,
     SIGNAL: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ADD: tl.constexpr,
+    ADAM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Run the network and take its steps; with ADD only add up what the size of a normalised step depends on.
@@ -160,4 +164,12 @@ def move(
             step = step * scale.to(tl.float32)
         step = tl.maximum(step * size, -limit, propagate_nan=ALL)
         step = tl.minimum(step, limit, propagate_nan=ALL)
+        if ADAM:
+            seconds = tl.load(row + 4).to(tl.pointer_type(tl.float32)) + at
+            second, square = tl.load(seconds, mask, other=0.0), gradient * gradient
+            second = tl.where(second == 0, square, second + (square - second) * 0.001)
+            tl.store(seconds, second, mask)
+            ratio = tl.load(momenta + 2 * numel, mask, other=0.0) * correction / (tl.sqrt(second) + 1e-8)
+            ratio = tl.minimum(tl.maximum(ratio, -1.0, propagate_nan=ALL), 1.0, propagate_nan=ALL)
+            step = step * trust + ratio * adam
         tl.store(parameters, (parameter - step).to(P), mask)

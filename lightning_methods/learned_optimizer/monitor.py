@@ -57,7 +57,6 @@ class LearnedOptimizerMonitor(Callback):
         self._of_tensors: dict[str, list[float]] = {}
         # epoch -> sums of the measures, and how many
         self._epochs: dict[int, list[float]] = {}
-        self._trust: float | None = None
 
     @property
     def state_key(self) -> str:
@@ -76,8 +75,6 @@ class LearnedOptimizerMonitor(Callback):
         named = [(n, p) for n, p in pl_module.named_parameters() if id(p) in own and p.grad is not None and p.numel()]
         self._steps += 1
         measured = (self._steps - 1) % self.every_n_steps == 0
-        guard = getattr(optimizer, "guard", None)
-        self._trust = None if guard is None else float(guard.trust)
         for name, p in named:
             assert p.grad is not None
             gradient = p.grad.detach().float()
@@ -112,8 +109,9 @@ class LearnedOptimizerMonitor(Callback):
         so_far = self._epochs.get(trainer.current_epoch, [0.0] * (len(measured) + 1))
         self._epochs[trainer.current_epoch] = [a + b for a, b in zip(so_far, [*measured, 1.0], strict=True)]
         values = dict(zip(_COLUMNS, measured, strict=True))
-        if self._trust is not None:
-            values["trust"] = self._trust
+        shares = [o.learned_share for o in trainer.optimizers if getattr(o, "guard", None) is not None]
+        if shares:
+            values["trust"] = float(min(shares))
         if not trainer.barebones:
             for name, value in values.items():
                 pl_module.log(f"{self.prefix}/{name}", value, on_step=False, on_epoch=True, batch_size=1)

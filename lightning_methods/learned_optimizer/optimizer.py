@@ -41,10 +41,11 @@ class LearnedOptimizer(Optimizer):
     Of normalised weights (`weights_card(name)` says so) the step of each tensor has the root mean square that a third
     output chooses. There is no learning rate to tune; `lr` multiplies the step, so that schedulers work.
 
-    The guard, on by default, keeps it from diverging beyond what it was trained for: time stands still for the network
-    at the `clock` of the weights' card, and steps then fall as one over time; no element moves by more than
-    `0.1 lr`; and where the running loss that the closure returns gives back a quarter of what was gained, half of
-    the step is replaced by Adam's (learning rate `guard_lr`), and so on until all is. Ranks decide by their mean loss.
+    The guard, on by default, keeps it from diverging beyond what it was trained for, by falling back to Adam's step
+    (learning rate `guard_lr`). Past the `clock` of the weights' card time stands still for the network, and the share
+    of its step falls as one over time; no element of it moves by more than `0.1 lr`; and where the running loss that
+    the closure returns gives back a quarter of what was gained, half of its share is gone, and so on until all is.
+    Ranks decide by their mean loss.
 
     Args:
         params: parameters, or groups of them with `lr` and `weight_decay` of their own.
@@ -56,8 +57,8 @@ class LearnedOptimizer(Optimizer):
         maximize: whether to go uphill.
         nonfinite: what to do with gradients that are not finite: `"skip"` the step (counted in `skipped_steps`),
             `"zero"` those elements, `"raise"`, or `"propagate"` them.
-        guard: see above.
-        guard_lr: learning rate of the Adam step that is fallen back to, times `lr`.
+        guard: see above. State is six floats a parameter, and a seventh once Adam has a share.
+        guard_lr: learning rate of the Adam step that is fallen back to, times `lr`. Long trainings end with it.
         features, hidden_size, hidden_layers: what the weights must be, where that is to be checked.
 
     Raises:
@@ -102,6 +103,7 @@ class LearnedOptimizer(Optimizer):
         self.nonfinite, self.max_grad_norm = nonfinite, max_grad_norm
         self.guard = Guard(lr=guard_lr) if guard else None
         self.skipped_steps = 0
+        self.learned_share = 1.0
         self._networks: dict[tuple[torch.dtype, torch.device], Network] = {}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
@@ -209,7 +211,8 @@ class LearnedOptimizer(Optimizer):
             return Settings(t, lr, factor)
         clock = self.weights.clock
         time = t if not clock else min(t, clock)
-        return Settings(time, lr, factor, self.guard.share(t, clock), self.guard.lr * lr, self.guard.step_limit * lr)
+        self.learned_share = self.guard.share(t, clock)
+        return Settings(time, lr, factor, self.learned_share, self.guard.lr * lr, self.guard.step_limit * lr)
 
     def _network(self, p: Tensor) -> Network:
         key = (torch.promote_types(p.dtype, torch.float32), p.device)
@@ -313,7 +316,7 @@ class LearnedOptimizer(Optimizer):
             self.guard.load_state_dict(own["guard"])
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("weights", "nonfinite", "max_grad_norm", "guard", "skipped_steps")
+        names = ("weights", "nonfinite", "max_grad_norm", "guard", "skipped_steps", "learned_share")
         return super().__getstate__() | {name: getattr(self, name) for name in names} | {"_networks": {}}
 
 

@@ -33,7 +33,7 @@ def test_the_kernels_give_the_numbers_of_torch():
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("bf16") < 0.04
-    assert set(found) == {"paper", "normalised", "adam"}
+    assert set(found) == {"paper", "normalised", "adam", "late"}
     assert max(found.values()) < 1e-6, found
 
 
@@ -57,9 +57,10 @@ def test_the_kernels_compile_without_a_gpu(monkeypatch, tmp_path, capability):
 
     types = {"P": kernels.TYPES[torch.bfloat16], "G": kernels.TYPES[torch.float32], "BLOCK": kernels.BLOCK}
     assert size_of(kernels.advance, ("factor",), **types) > 0
-    for normalize, add in ((False, False), (True, True), (True, False)):
-        form = types | {"H": 32, "SIGNAL": normalize, "NORMALIZE": normalize, "ADD": add}
-        assert size_of(kernels.move, ("factor", "size", "limit", "eps"), **form) > 0
+    floats = ("factor", "size", "limit", "eps", "trust", "adam", "correction")
+    for normalize, add, adam in ((False, False, True), (True, True, False), (True, False, True), (True, False, False)):
+        form = types | {"H": 32, "SIGNAL": normalize, "NORMALIZE": normalize, "ADD": add, "ADAM": adam}
+        assert size_of(kernels.move, floats, **form) > 0
 
 
 def test_what_there_are_kernels_for(monkeypatch):
