@@ -65,9 +65,9 @@ class MetaTraining(OneFamily, LightningModule):
         loss_clip: larger losses count as this much.
         log_floor: the outer loss is the logarithm of this much plus the mean of an unroll, so that relative gains
             count, on easy and on hard tasks, early and late. None, as in the paper, for the mean itself.
-        clock: step of the inner trainings at which time stands still and steps begin to fall, as `LearnedOptimizer`'s
-            guard does it, so that what is trained is what will run. It is exported with the weights. None: learned
-            steps as they are.
+        clock: step of the inner trainings at which time stands still and Adam begins to take over, as the guard of
+            `LearnedOptimizer` does it, so that what is trained is what will run. It is exported with the weights. None:
+            learned steps as they are.
         decay_steps: of the cosine; by default the Trainer's `max_steps`.
         eval_tasks: for validation; by default `tasks`.
         eval_steps: inner steps of a validation. Default 200.

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_methods import Classifier, DigitsDataModule, LearnedOptimizerMonitor
+from lightning_methods import Classifier, DigitsDataModule, LearnedOptimizer, LearnedOptimizerMonitor
 from lightning_methods.cli import main
 from lightning_methods.errors import InvalidArgument
 from lightning_methods.learned_optimizer import compare_optimizers
 from lightning_methods.learned_optimizer.comparison import Comparison, OptimizerRun
+from lightning_methods.learned_optimizer.weights import Weights, load_weights
 from lightning_methods.models import MLP
 from tests.support.training import TinyModule, fit, quiet_trainer
 
@@ -113,6 +114,22 @@ def test_the_monitor_measures_gradient_descent_exactly(tmp_path):
     assert 0 < shown["learned_optimizer/adam_cosine"] < 1
     assert 0 < shown["learned_optimizer/relative_step"] < 1
     assert "learned_optimizer/trust" not in shown
+
+
+def test_the_monitor_shows_the_share_of_the_learned_step(tmp_path):
+    given = load_weights("lm-small")
+    weights = Weights("short", given.architecture, given.theta, {"clock": 2})
+
+    class Learned(TinyModule):
+        def configure_optimizers(self):
+            return LearnedOptimizer(self.parameters(), weights=weights)
+
+    trainer = quiet_trainer(tmp_path, callbacks=[LearnedOptimizerMonitor()], max_epochs=1)
+    fit(trainer, Learned())
+    share = [min(1.0, 2 / t) if t else 1.0 for t in range(trainer.global_step)]
+    assert trainer.global_step > 3
+    shown = float(trainer.callback_metrics["learned_optimizer/trust"])
+    assert shown == pytest.approx(sum(share) / len(share))
 
 
 def test_the_monitor_knows_adam(tmp_path):

@@ -28,9 +28,9 @@ from tests.support.training import loader
 SHAPES = [(3,), (), (200, 100), (4, 3, 3, 3), (1,), (9000,), (0,), (5, 2), (20, 300)]
 
 
-def made_weights(**settings) -> Weights:
+def made_weights(clock=None, **settings) -> Weights:
     a = Architecture(**{"step_mult": 1e-2, **settings})
-    return Weights("made", a, a.initial(torch.Generator().manual_seed(1)))
+    return Weights("made", a, a.initial(torch.Generator().manual_seed(1)), {"clock": clock})
 
 
 def made_params(dtype=torch.float32, shapes=SHAPES):
@@ -90,8 +90,7 @@ def test_the_fast_step_is_the_differentiable_one(features, layers, normalize):
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("features", ["paper", "signal", "small_fc"])
 def test_the_differentiable_step_has_the_guards_clock_and_limit(features, normalize):
-    made = made_weights(features=features, normalize_step=normalize, hidden_size=8, step_mult=0.3)
-    weights = Weights("made", made.architecture, made.theta, {"clock": 2})
+    weights = made_weights(clock=2, features=features, normalize_step=normalize, hidden_size=8, step_mult=0.3)
     params = made_params(torch.float64)
     form = UnrolledOptimizer(weights.architecture, SHAPES, clock=2)
     own, theta = [p.detach().clone()[None] for p in params], weights.theta.double()[None]
@@ -245,11 +244,12 @@ def test_schedules_scale_the_step():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("clock", [None, 1, 2], ids=["learned", "saved with Adam", "saved before Adam"])
 @pytest.mark.parametrize("features", ["paper", "small_fc"])
-def test_saved_and_resumed_bit_by_bit(dtype, features):
-    weights = made_weights(features=features)
+def test_saved_and_resumed_bit_by_bit(dtype, features, clock):
+    weights = made_weights(features=features, clock=clock)
     whole, half = made_params(dtype), made_params(dtype)
-    first = run(whole, weights=weights)
+    first = run(whole, steps=4, weights=weights)
     run_half = run(half, steps=2, weights=weights)
     file = io.BytesIO()
     torch.save({"optimizer": run_half.state_dict(), "params": [p.detach() for p in half]}, file)
@@ -260,9 +260,11 @@ def test_saved_and_resumed_bit_by_bit(dtype, features):
     optimizer.load_state_dict(saved["optimizer"])
     kinds = {k: v.dtype for s in optimizer.state.values() for k, v in s.items()}
     assert set(kinds.values()) == {torch.int64, torch.promote_types(dtype, torch.float32)}
-    give_gradients(resumed, 2)
-    optimizer.step()
+    for t in (2, 3):
+        give_gradients(resumed, t)
+        optimizer.step()
     assert difference(whole, resumed) == 0
+    assert ("second_moment" in optimizer.state[resumed[0]]) == (clock is not None)
     assert optimizer.state_dict()["learned_optimizer"] == first.state_dict()["learned_optimizer"]
 
 
@@ -415,9 +417,8 @@ def test_half_of_the_trust_is_half_of_the_step(features):
 
 
 def test_time_stands_still_beyond_the_horizon_and_adam_takes_over():
-    a = Architecture()
-    theta = a.initial(torch.Generator().manual_seed(1))
-    weights = Weights("short", a, theta, {"horizon": 4})
+    made = made_weights(step_mult=1e-3)
+    weights = Weights("short", made.architecture, made.theta, {"horizon": 4})
     moved = []
     for t in (4, 16):
         p = nn.Parameter(torch.ones(10))
