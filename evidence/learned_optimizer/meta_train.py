@@ -81,8 +81,7 @@ def build(name: str, stage: str, seed: int) -> tuple[MetaTraining, int]:
     settings = {k: schedule(v) for k, v in own["settings"].items()}
     start: dict[str, Any] = CONFIG[name]["architecture"]
     if stage != "first":
-        before = own.get("from", {"stage": STAGES[STAGES.index(stage) - 1], "seed": seed})
-        start = {"start": str(RUNS / f"{name}_{before['stage']}_{before['seed']}.json")}
+        start = {"start": str(RUNS / "{}_{}_{}.json".format(name, *before(name, stage, seed)))}
     tasks = families(own["family"], own["max_parameters"])
     if "large" in own:  # a fifth of the episodes
         tasks += families(own["family"], **own["large"])[:: round(len(tasks) / 5)]
@@ -131,43 +130,54 @@ def train(name: str, stage: str, seed: int) -> None:
 
 
 def choose(name: str) -> None:
-    """Compare what was made on the validation tasks at 200 and at 2,000 steps, with the guard, where not done."""
-    made = [(stage, seed) for stage in STAGES if stage in CONFIG[name] for seed in CONFIG[name]["seeds"]]
-    rows = list(csv.DictReader(CHOICE.open())) if CHOICE.is_file() else []
-    done = {(row["weights"], row["stage"], int(row["seed"])) for row in rows}
-    made = [place for place in made if (name, *place) not in done]
-    paths = [RUNS / f"{name}_{stage}_{seed}.json" for stage, seed in made]
-    every = validate.compare(paths, CONFIG[name]["clock"])
-    for (stage, seed), path, rows in zip(made, paths, every, strict=True):
-        place = {"weights": name, "stage": stage, "seed": seed, **spent(path)}
-        means = {column: f"{validate.overall(rows, column):.4f}" for column in ("mean_200", "mean_2000", "last")}
-        validate.write(CHOICE, [place | means])
-        validate.write(CHOICE.with_stem("choice_tasks"), [place | row for row in rows])
-        print(place, means)
+    """Compare what was made on the validation tasks at 200 and at 2,000 steps, with the guard and each clock."""
+    made = [RUNS / f"{name}_{candidate}.json" for candidate in CONFIG[name]["candidates"]]
+    for clock in CONFIG[name]["clocks"]:
+        for path, rows in zip(made, validate.compare(made, clock), strict=True):
+            place = {"weights": path.stem, "clock": clock, **spent(path)}
+            means = {column: f"{validate.overall(rows, column):.4f}" for column in ("mean_200", "mean_2000", "last")}
+            validate.write(CHOICE, [place | means])
+            validate.write(CHOICE.with_stem("choice_tasks"), [place | row for row in rows])
+            print(place, means, flush=True)
 
 
 def spent(path: Path) -> dict[str, float]:
-    last = json.loads(path.with_suffix(".jsonl").read_text().splitlines()[-1])
-    return {"outer_steps": last["step"], "cpu_seconds": last["cpu_seconds"]}
+    """Return the outer steps and seconds of the stages that led to a file."""
+    name, stage, seed = path.stem.split("_")
+    total = {"outer_steps": 0, "cpu_seconds": 0.0}
+    while True:
+        last = json.loads(path.with_suffix(".jsonl").read_text().splitlines()[-1])
+        total = {
+            "outer_steps": total["outer_steps"] + last["step"],
+            "cpu_seconds": total["cpu_seconds"] + last["cpu_seconds"],
+        }
+        if stage == "first":
+            return total
+        stage, seed = before(name, stage, seed)
+        path = RUNS / f"{name}_{stage}_{seed}.json"
+
+
+def before(name: str, stage: str, seed: Any) -> tuple[str, Any]:
+    """Return the stage and the seed that a stage begins from."""
+    given = CONFIG[name][stage].get("from", {"stage": STAGES[STAGES.index(stage) - 1], "seed": seed})
+    return given["stage"], given["seed"]
 
 
 def chosen(name: str) -> dict[str, str]:
     """Return the row of the least geometric mean of both lengths."""
-    own = [row for row in csv.DictReader(CHOICE.open()) if row["weights"] == name]
+    own = [row for row in csv.DictReader(CHOICE.open()) if row["weights"].startswith(name)]
     return min(own, key=lambda row: float(row["mean_200"]) * float(row["mean_2000"]))
 
 
 def ship(name: str) -> None:
     """Put the chosen weights into the package, with what made them on their card."""
     row = chosen(name)
-    found = load_weights(RUNS / f"{name}_{row['stage']}_{row['seed']}.json")
-    stages = STAGES[: STAGES.index(row["stage"]) + 1]
-    made = [spent(RUNS / f"{name}_{stage}_{row['seed']}.json") for stage in stages]
+    found = load_weights(RUNS / f"{row['weights']}.json")
     card = {
         **found.card,
-        "outer_steps": sum(m["outer_steps"] for m in made),
-        "cpu_seconds": round(sum(m["cpu_seconds"] for m in made)),
-        "clock": CONFIG[name]["clock"],
+        "outer_steps": int(row["outer_steps"]),
+        "cpu_seconds": round(float(row["cpu_seconds"])),
+        "clock": int(row["clock"]),
         "tasks": sorted(set(found.card["tasks"])),
         "seeds_tried": len(CONFIG[name]["seeds"]),
         "command": f"python evidence/learned_optimizer/meta_train.py {name} ...",

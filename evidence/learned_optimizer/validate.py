@@ -28,35 +28,37 @@ DIGITS, SYNTHETIC = (1, 5, 7, 8), (2, 5, 7, 9)  # draws, and sets; of each kind 
 
 
 def tasks() -> list[ModuleTask]:
-    """Return the validation tasks: digits and synthetic sets, small and large networks."""
+    """Return the validation tasks: digits and synthetic sets, small and large networks, half with clean labels."""
     from meta_train import families
 
-    every = families("broad", 3000, random_state=200)
-    half = len(every) // 2
-    return [every[0].sample(1_000_000 + i) for i in DIGITS] + [every[half + i].sample(1_000_000 + i) for i in SYNTHETIC]
+    found = []
+    for k, settings in enumerate(({}, {"label_noise": 0.0})):
+        every, first = families("broad", 3000, random_state=200 + k, **settings), 1_000_000 * (k + 1)
+        half = len(every) // 2
+        found += [every[0].sample(first + i) for i in DIGITS] + [every[half + i].sample(first + i) for i in SYNTHETIC]
+    return found
 
 
 @torch.no_grad()
 def curves(task: ModuleTask, weights: Sequence[Path | str], clock: int, steps: int) -> Tensor:
-    """Return the validation losses `(2, SEEDS, steps)` of two weights of one architecture, on the same batches."""
+    """Return the validation losses `(weights, SEEDS, steps)` of weights of one architecture, on the same batches."""
     loaded = [load_weights(path) for path in weights]
+    loaded += loaded[len(loaded) - len(loaded) % 2 :]  # particles come in pairs
     problem = InnerTraining(loaded[0].architecture, task, clock=clock)
-    seeds = [seed_of("validation", i) for i in range(SEEDS)]
+    seeds = [seed_of("validation", i) for i in range(SEEDS)] * (len(loaded) // 2)
     theta = torch.stack([w.theta for w in loaded]).repeat_interleave(SEEDS, 0)
     losses, _ = problem.unroll(theta, problem.begin(theta, seeds), 0, steps, seeds, differentiable=False)
-    return torch.where(losses <= CLIP, losses, CLIP).view(2, SEEDS, steps)
+    return torch.where(losses <= CLIP, losses, CLIP).view(len(loaded), SEEDS, steps)[: len(weights)]
 
 
 def compare(weights: Sequence[Path | str], clock: int, steps: int = LENGTHS[-1]) -> list[list[dict[str, Any]]]:
     """Return for each of the weights a row a task: mean losses at every length, and the last tenth's."""
-    given = list(weights) + [weights[-1]] * (len(weights) % 2)
-    found: list[list[dict[str, Any]]] = [[] for _ in given]
-    for i in range(0, len(given), 2):
-        for task in tasks():
-            for k, own in enumerate(curves(task, given[i : i + 2], clock, steps)):
-                row = {"task": task.name, **{f"mean_{n}": float(own[:, :n].mean()) for n in LENGTHS if n <= steps}}
-                found[i + k].append({**row, "last": float(own[:, -steps // 10 :].mean())})
-    return found[: len(weights)]
+    found: list[list[dict[str, Any]]] = [[] for _ in weights]
+    for task in tasks():
+        for rows, own in zip(found, curves(task, weights, clock, steps), strict=True):
+            row = {"task": task.name, **{f"mean_{n}": float(own[:, :n].mean()) for n in LENGTHS if n <= steps}}
+            rows.append({**row, "last": float(own[:, -steps // 10 :].mean())})
+    return found
 
 
 def overall(rows: list[dict[str, Any]], column: str) -> float:
