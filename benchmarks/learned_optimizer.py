@@ -5,7 +5,7 @@
 
 The naive form is what other libraries do, one tensor at a time: inputs beside inputs, `(n, 19)`, and two products. On a
 CPU times are CPU time of the process, so that what else the machine does counts less. Each network has a process of its
-own, as a training has: in one that ran a larger network before, the allocator keeps memory that the naive form otherwise
+own, as a training has: in one that ran a larger network before, the allocator keeps memory which the naive form else
 asks the system for in every step. That is shown too.
 """
 

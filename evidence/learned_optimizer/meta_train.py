@@ -132,11 +132,13 @@ def train(name: str, stage: str, seed: int) -> None:
 def choose(name: str) -> None:
     """Compare what was made on the validation tasks at 200 and at 2,000 steps, with the guard and each clock."""
     made = [RUNS / f"{name}_{candidate}.json" for candidate in CONFIG[name]["candidates"]]
-    for clock in CONFIG[name]["clocks"]:
-        for path, rows in zip(made, validate.compare(made, clock), strict=True):
+    plans = [(CHOICE, validate.tasks(), clock) for clock in CONFIG[name]["clocks"]]
+    plans.append((CHOICE.with_stem("choice_wide"), validate.wide_tasks(), CONFIG[name]["clocks"][0]))
+    for target, tasks, clock in plans:
+        for path, rows in zip(made, validate.compare(tasks, made, clock), strict=True):
             place = {"weights": path.stem, "clock": clock, **spent(path)}
             means = {column: f"{validate.overall(rows, column):.4f}" for column in ("mean_200", "mean_2000", "last")}
-            validate.write(CHOICE, [place | means])
+            validate.write(target, [place | means])
             validate.write(CHOICE.with_stem("choice_tasks"), [place | row for row in rows])
             print(place, means, flush=True)
 
@@ -164,8 +166,9 @@ def before(name: str, stage: str, seed: Any) -> tuple[str, Any]:
 
 
 def chosen(name: str) -> dict[str, str]:
-    """Return the row of the least geometric mean of both lengths."""
-    own = [row for row in csv.DictReader(CHOICE.open()) if row["weights"].startswith(name)]
+    """Return the row of the least geometric mean of both lengths, or the best one of what the configuration names."""
+    wanted = f"{name}_{CONFIG[name].get('shipped', '')}"
+    own = [row for row in csv.DictReader(CHOICE.open()) if row["weights"].startswith(wanted)]
     return min(own, key=lambda row: float(row["mean_200"]) * float(row["mean_2000"]))
 
 

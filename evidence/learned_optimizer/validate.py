@@ -28,7 +28,7 @@ DIGITS, SYNTHETIC = (1, 5, 7, 8), (2, 5, 7, 9)  # draws, and sets; of each kind 
 
 
 def tasks() -> list[ModuleTask]:
-    """Return the validation tasks: digits and synthetic sets, half of them with clean labels, and four wide networks."""
+    """Return the validation tasks: digits and synthetic sets, small and large networks, half with clean labels."""
     from meta_train import families
 
     found = []
@@ -36,8 +36,15 @@ def tasks() -> list[ModuleTask]:
         every, first = families("broad", 3000, random_state=200 + k, **settings), 1_000_000 * (k + 1)
         half = len(every) // 2
         found += [every[0].sample(first + i) for i in DIGITS] + [every[half + i].sample(first + i) for i in SYNTHETIC]
+    return found
+
+
+def wide_tasks() -> list[ModuleTask]:
+    """Return networks with layers of 128 units, wider than those of the meta-training."""
+    from meta_train import families
+
     every = families("broad", 30_000, random_state=202, label_noise=0.0, conv=0.0, widths=[128, 128], depths=[2, 3])
-    return found + [every[i].sample(3_000_000 + i) for i in (0, 1, -4, -6)]
+    return [every[i].sample(3_000_000 + i) for i in (0, 1, -4, -6)]
 
 
 @torch.no_grad()
@@ -52,10 +59,12 @@ def curves(task: ModuleTask, weights: Sequence[Path | str], clock: int, steps: i
     return torch.where(losses <= CLIP, losses, CLIP).view(len(loaded), SEEDS, steps)[: len(weights)]
 
 
-def compare(weights: Sequence[Path | str], clock: int, steps: int = LENGTHS[-1], given: Any = None) -> list[list[dict[str, Any]]]:
+def compare(
+    given: Sequence[ModuleTask], weights: Sequence[Path | str], clock: int, steps: int = LENGTHS[-1]
+) -> list[list[dict[str, Any]]]:
     """Return for each of the weights a row a task: mean losses at every length, and the last tenth's."""
     found: list[list[dict[str, Any]]] = [[] for _ in weights]
-    for task in given or tasks():
+    for task in given:
         for rows, own in zip(found, curves(task, weights, clock, steps), strict=True):
             row = {"task": task.name, **{f"mean_{n}": float(own[:, :n].mean()) for n in LENGTHS if n <= steps}}
             rows.append({**row, "last": float(own[:, -steps // 10 :].mean())})

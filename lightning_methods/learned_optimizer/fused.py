@@ -76,9 +76,9 @@ class FusedEngine(Engine):
         own.advance[grid](table, blocks, self._decays, squares, settings.gradient, **types)
         bias = self._bias + time_features(settings.time, dtype=torch.float64) @ self._times
         network = (self._first, self._signals, bias.to(self.like), self.last)
-        numbers = (settings.gradient, a.step_mult * settings.size, settings.limit, a.eps)
         correction = 1 / (1 - ADAM[0] ** (settings.time + 1))
-        numbers += (settings.trust, (1 - settings.trust) * settings.adam_lr, correction)
+        adam = (settings.trust, (1 - settings.trust) * settings.adam_lr, correction)
+        numbers = (settings.gradient, a.step_mult * settings.size, settings.limit, a.eps, *adam)
         arguments = (table, blocks, squares, totals, *network, *numbers)
         form = types | {"H": a.hidden_size, "SIGNAL": a.features == "signal", "NORMALIZE": a.normalize_step}
         form["ADAM"] = settings.trust < 1
