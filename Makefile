@@ -8,7 +8,7 @@
 
 VENV ?= .venv
 SYSTEM_PYTHON ?= python3
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+PYTEST_ARGS ?= -n 2
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 ifdef PYTHON

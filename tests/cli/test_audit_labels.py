@@ -57,9 +57,6 @@ data: {class_path: noisy.DATA}
 """
 
 
-pytestmark = pytest.mark.xdist_group("audit-labels")  # one process makes the fixture for all
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """One network with and without the state of the callback, and the callback."""

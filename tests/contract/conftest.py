@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ import pytest
 from tests.contract.recipes import RECIPES, Recipe
 from tests.contract.training import Run, train
 from tests.support.drawing import leave_undrawn
-
-_REFERENCES: dict[tuple[Any, ...], Run] = {}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -29,22 +26,11 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def runs(recipe: Recipe, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., tuple[Run, Run]]:
-    """Return a function that trains the recipe and its reference under the same settings.
-
-    A reference that recipes share is trained once in a case: it is the same for all of them.
-    """
-    case = request.node.name.replace(recipe.name, "")
-    calls = count()
+def runs(recipe: Recipe, tmp_path: Path) -> Callable[..., tuple[Run, Run]]:
+    """Return a function that trains the recipe and its reference under the same settings."""
 
     def both(**settings: Any) -> tuple[Run, Run]:
-        ours = train(recipe, tmp_path, **settings)
-        key = (case, next(calls), recipe.reference, recipe.samples, recipe.inner)
-        if recipe.reference is None:
-            return ours, train(recipe, tmp_path, reference=True, **settings)
-        if key not in _REFERENCES:
-            _REFERENCES[key] = train(recipe, tmp_path, reference=True, **settings)
-        return ours, _REFERENCES[key]
+        return train(recipe, tmp_path, **settings), train(recipe, tmp_path, reference=True, **settings)
 
     return both
 

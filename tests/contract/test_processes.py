@@ -35,7 +35,6 @@ def raised(outcome: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.case("ddp")
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("batches", jobs.SAMPLES)
 def test_two_processes_equal_one_on_the_joined_batch(recipe: Recipe, batches, ranks, tmp_path):
@@ -54,7 +53,6 @@ def test_two_processes_equal_one_on_the_joined_batch(recipe: Recipe, batches, ra
 
 
 @pytest.mark.case("foreign")
-@pytest.mark.xdist_group("foreign")
 @pytest.mark.timeout(280)
 def test_the_trainer_of_the_other_lightning(recipe: Recipe, foreign, record_property):
     outcome = raised(foreign[recipe.name])

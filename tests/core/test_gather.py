@@ -9,8 +9,6 @@ from lightning_methods.core.gather import all_sum, gather_rows, gather_sizes, lo
 from tests.core import gather_jobs
 from tests.support.processes import run_ranks
 
-pytestmark = pytest.mark.xdist_group("gather")  # one process makes the fixture for all
-
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
 def ranks(request, tmp_path_factory):

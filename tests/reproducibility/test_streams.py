@@ -37,9 +37,6 @@ FOLLOWS = {
 }
 
 
-pytestmark = pytest.mark.xdist_group("streams")  # one process makes the fixture for all
-
-
 @pytest.fixture(scope="module", params=[(0, False), (2, False), (2, True)], ids=["main", "workers", "persistent"])
 def workers(request):
     return request.param

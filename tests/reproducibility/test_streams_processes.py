@@ -11,8 +11,7 @@ from tests.reproducibility.test_streams import CONTENT, FOLLOWS
 from tests.reproducibility.training import SIZE
 from tests.support.processes import run_ranks
 
-# one process makes the fixture for all
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("streams-processes")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -29,9 +29,6 @@ def digits() -> DigitsDataModule:
     return DigitsDataModule(128, flat=True, wrap_train=partial(NoisyLabels, rate=NOISE))
 
 
-pytestmark = pytest.mark.xdist_group("rog-callback")  # one process makes the fixture for all
-
-
 @pytest.fixture(scope="module")
 def memorised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, RobustGenerativeClassifier, Path]:
     """Return a network that knows its wrong labels by heart, the fitted callback, and a checkpoint of both."""
