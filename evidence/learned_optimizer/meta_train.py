@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 RUNS = HERE / "runs"
 PACKAGE = HERE.parents[1] / "lightning_methods" / "learned_optimizer" / "weights"
 CONFIG = yaml.safe_load((HERE / "meta_train.yaml").read_text())
-STAGES = ("first", "then", "long")
+STAGES = ("first", "then", "long", "whole")
 CHOICE = HERE / "results" / "choice.csv"
 
 
@@ -80,7 +80,7 @@ def build(name: str, stage: str, seed: int) -> tuple[MetaTraining, int]:
     own = CONFIG[name][stage]
     settings = {k: schedule(v) for k, v in own["settings"].items()}
     start: dict[str, Any] = CONFIG[name]["architecture"]
-    if stage != "first":
+    if before(name, stage, seed) is not None:
         start = {"start": str(RUNS / "{}_{}_{}.json".format(name, *before(name, stage, seed)))}
     tasks = families(own["family"], own["max_parameters"])
     if "large" in own:  # a fifth of the episodes
@@ -153,16 +153,16 @@ def spent(path: Path) -> dict[str, float]:
             "outer_steps": total["outer_steps"] + last["step"],
             "cpu_seconds": total["cpu_seconds"] + last["cpu_seconds"],
         }
-        if stage == "first":
+        if before(name, stage, seed) is None:
             return total
         stage, seed = before(name, stage, seed)
         path = RUNS / f"{name}_{stage}_{seed}.json"
 
 
-def before(name: str, stage: str, seed: Any) -> tuple[str, Any]:
-    """Return the stage and the seed that a stage begins from."""
-    given = CONFIG[name][stage].get("from", {"stage": STAGES[STAGES.index(stage) - 1], "seed": seed})
-    return given["stage"], given["seed"]
+def before(name: str, stage: str, seed: Any) -> Any:
+    """Return the stage and the seed that a stage goes on from, None where it begins anew."""
+    given = CONFIG[name][stage].get("from")
+    return given and (given["stage"], given.get("seed", seed))
 
 
 def chosen(name: str) -> dict[str, str]:

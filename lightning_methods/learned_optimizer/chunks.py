@@ -16,11 +16,12 @@ CHUNK = 10240
 
 
 class Entry(NamedTuple):
-    """A parameter, its gradient, and its state."""
+    """A parameter, its gradient, its state, and the share of the learned step; the rest is Adam's."""
 
     parameter: Tensor
     gradient: Tensor
     state: dict[str, Tensor]
+    share: float = 1.0
 
     def in_memory_order(self) -> Entry:
         """Return it with its dimensions from the slowest to the fastest in the parameter's memory."""
@@ -29,7 +30,7 @@ class Entry(NamedTuple):
         order = memory_order(self.parameter)
         orders = {"momenta": [0, *(i + 1 for i in order)], "second_moment": order}
         state = {name: x.permute(orders[name]) for name, x in self._moved}
-        return Entry(self.parameter.permute(order), self.gradient.permute(order), state)
+        return Entry(self.parameter.permute(order), self.gradient.permute(order), state, self.share)
 
     def is_flat(self) -> bool:
         """Tell whether all of it flattens without a copy."""
@@ -38,7 +39,7 @@ class Entry(NamedTuple):
     def flat(self) -> Entry:
         """Return it, with copies of what does not flatten by itself."""
         state = {name: x.contiguous() for name, x in self._moved}
-        return Entry(self.parameter.contiguous(), self.gradient.contiguous(), state)
+        return Entry(self.parameter.contiguous(), self.gradient.contiguous(), state, self.share)
 
     def take(self, other: Entry) -> None:
         """Copy the parameter and the state of another."""
@@ -93,6 +94,7 @@ class Chunk(NamedTuple):
     Attributes:
         tensors: indices of the tensors.
         lengths: elements of each run.
+        shares: of the learned step in each.
         parameters: `(n,)` each.
         gradients: `(n,)`.
         momenta: `(6, n)`.
@@ -101,6 +103,7 @@ class Chunk(NamedTuple):
 
     tensors: list[int]
     lengths: list[int]
+    shares: list[float]
     parameters: list[Tensor]
     gradients: list[Tensor]
     momenta: list[Tensor]
@@ -129,7 +132,7 @@ def chunks_of(entries: Sequence[Entry], most: int) -> list[Chunk]:
     chunks, end = [], 0
     for tensors, lengths in found.chunks:
         begin, end = end, end + len(tensors)
-        chunks.append(Chunk(tensors, lengths, *(x[begin:end] for x in views)))
+        chunks.append(Chunk(tensors, lengths, [entries[i].share for i in tensors], *(x[begin:end] for x in views)))
     return chunks
 
 

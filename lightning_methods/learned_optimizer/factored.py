@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_methods.learned_optimizer.chunks import CHUNK, Entry
-from lightning_methods.learned_optimizer.fast import Network, Settings, mixed
+from lightning_methods.learned_optimizer.fast import Network, Settings
 from lightning_methods.learned_optimizer.functional import (
     SMALL_FC_DECAYS,
+    adam_direction,
     factored_dims,
     learned_decay,
     small_fc_inputs,
@@ -110,10 +111,12 @@ class _Work:
     def apply(self, own: Slice, step: Tensor) -> None:
         settings, part = self.settings, self.parameter.narrow(*own)
         step = step.mul_(settings.size).clamp_(-settings.limit, settings.limit).view(part.shape)
-        if settings.trust < 1:
-            momentum = self.state["momentum"][0].narrow(*own)
+        if settings.adam_lr is not None:
+            momentum, share = self.state["momentum"][0].narrow(*own), self.entry.share
             second = self.entry.state["second_moment"].view(self.parameter.shape).narrow(*own)
-            step = mixed(step, momentum, self.gradient(own), second, settings)
+            ratio, moved = adam_direction(momentum, self.gradient(own), second, settings.time + 1)
+            second.copy_(moved)
+            step = step.mul_(share).add_(ratio, alpha=(1 - share) * settings.adam_lr)
         part.sub_(step)
 
 

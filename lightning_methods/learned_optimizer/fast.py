@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_methods.learned_optimizer.architecture import Architecture
 from lightning_methods.learned_optimizer.chunks import CHUNK, Chunk, Entry, chunks_of, gather
-from lightning_methods.learned_optimizer.functional import DECAYS, adam_direction, step_size, time_features
+from lightning_methods.learned_optimizer.functional import ADAM, DECAYS, step_size, time_features
 from lightning_methods.learned_optimizer.unrolled import fold
 
 # a normalised step needs the whole tensor before any of it can be taken: as much of it as this share of the state is
@@ -32,16 +32,14 @@ class Settings:
         time: number of updates before this one, as the network is told.
         size: factor of the learned step.
         gradient: factor of the gradients, negative to maximise.
-        trust: share of the learned step; the rest is Adam's.
-        adam_lr: learning rate of that.
+        adam_lr: learning rate of Adam's part of the step, None where there is none.
         limit: largest learned step of an element.
     """
 
     time: int
     size: float
     gradient: float = 1.0
-    trust: float = 1.0
-    adam_lr: float = 1e-3
+    adam_lr: float | None = None
     limit: float = math.inf
 
 
@@ -211,19 +209,25 @@ class Engine(Network):
 
     def _apply(self, chunk: Chunk, step: Tensor, factor: float, settings: Settings) -> None:
         """Take a step times a factor, or Adam's for a part."""
-        if settings.trust < 1:
-            step = self._mixed(chunk, step.mul_(factor).clamp_(-settings.limit, settings.limit), settings)
-            factor = 1.0
-        elif settings.limit < math.inf and factor:
+        if settings.limit < math.inf and factor:
             bound = settings.limit / abs(factor)
             step.clamp_(-bound, bound)
+        if settings.adam_lr is not None:
+            self._mix(chunk, step, factor, settings.adam_lr, 1 - ADAM[0] ** (settings.time + 1))
+            factor = 1.0
         torch._foreach_sub_(chunk.parameters, chunk.split(step), alpha=factor)
 
-    def _mixed(self, chunk: Chunk, step: Tensor, settings: Settings) -> Tensor:
-        v, second = self.views(sum(chunk.lengths)), gather(torch.empty_like(step), chunk.seconds)
-        step = mixed(step, v.momenta[DECAYS.index(0.9)], v.gradient, second, settings)
-        torch._foreach_copy_(chunk.seconds, chunk.split(second))
-        return step
+    def _mix(self, chunk: Chunk, step: Tensor, factor: float, adam_lr: float, correction: float) -> None:
+        """Make it the learned step and Adam's, as the shares say: `adam_direction` in few passes over memory."""
+        v = self.views(sum(chunk.lengths))
+        ratio, momentum = v.rows[1], v.momenta[DECAYS.index(0.9)]
+        runs = list(zip(chunk.shares, chunk.split(step), chunk.split(ratio), strict=True))
+        for (_, _, root), gradient, second in zip(runs, chunk.split(v.gradient), chunk.seconds, strict=True):
+            second.mul_(ADAM[1]).addcmul_(gradient, gradient, value=1 - ADAM[1])
+            torch.sqrt(second, out=root)
+        torch.div(momentum, ratio.add_(1e-8), out=ratio).clamp_(-correction, correction)
+        for share, learned, adam in runs:
+            learned.mul_(share * factor).add_(adam, alpha=(1 - share) * adam_lr / correction)
 
     # -- normalised steps --------------------------------------------------------------------------------------------
 
@@ -256,7 +260,7 @@ class Engine(Network):
                 u = self._moved(chunk, first, scale, settings.gradient)
             else:
                 u = kept.pop(i)
-                if settings.trust < 1:
+                if settings.adam_lr is not None:
                     self._fill(chunk, settings.gradient)  # Adam's part is of the gradient
             torch._foreach_mul_(chunk.split(u), [size[tensor] for tensor in chunk.tensors])
             self._apply(chunk, u, settings.size, settings)
@@ -285,13 +289,6 @@ class _Means:
         """
         total = sums.new_zeros(len(self.counts), *sums.shape[1:]).index_add_(0, self.tensors, sums)
         return total / self.counts.unsqueeze(1)
-
-
-def mixed(step: Tensor, momentum: Tensor, gradient: Tensor, second: Tensor, settings: Settings) -> Tensor:
-    """Return the learned step and Adam's, as trust says; Adam's second moment is moved on."""
-    ratio, moved = adam_direction(momentum, gradient, second, settings.time + 1)
-    second.copy_(moved)
-    return step.mul_(settings.trust).add_(ratio, alpha=(1 - settings.trust) * settings.adam_lr)
 
 
 def _batches(entries: Sequence[Entry], room: float) -> Iterator[list[Entry]]:

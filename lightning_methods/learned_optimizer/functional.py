@@ -155,7 +155,7 @@ def adam_direction(momentum: Tensor, gradient: Tensor, second: Tensor, updates: 
     .. math:: \mathrm{clip}\Big(\frac{m / (1 - 0.9^{n})}{\sqrt{v} + 10^{-8}}, -1, 1\Big)
 
     The second moment :math:`v` (decay 0.999) starts with the first square rather than at zero, and a ratio counts as at
-    most one, since the momentum is older.
+    most one, since the momentum may be older.
 
     Shapes:
         all the same.
@@ -163,15 +163,14 @@ def adam_direction(momentum: Tensor, gradient: Tensor, second: Tensor, updates: 
     Args:
         momentum: of decay 0.9, with this gradient in it.
         gradient: of this update.
-        second: before it, zeros at first.
+        second: before it; the square of this gradient at first.
         updates: that the momentum has seen.
 
     Example:
-        >>> adam_direction(torch.tensor([0.1]), torch.ones(1), torch.zeros(1), 1)
+        >>> adam_direction(torch.tensor([0.1]), torch.ones(1), torch.ones(1), 1)
         (tensor([1.]), tensor([1.]))
     """
-    square = gradient.square()
-    second = torch.where(second == 0, square, torch.lerp(second, square, 1 - ADAM[1]))
+    second = second * ADAM[1] + gradient.square() * (1 - ADAM[1])
     # the root of zero has no derivative
     root = torch.where(second > 0, second, 1.0).sqrt() * (second > 0) if second.requires_grad else second.sqrt()
     return (momentum / (1 - ADAM[0] ** updates) / (root + 1e-8)).clamp(-1, 1), second

@@ -1,8 +1,9 @@
-"""When a learned optimizer is not to be trusted: past its horizon, in large steps, and while the loss rises."""
+"""When a learned optimizer is not to be trusted: past its horizon, in wide layers, while the loss rises."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from lightning_methods.errors import InvalidArgument
@@ -14,9 +15,19 @@ _PATIENCE = 20
 _LEAST = 1 / 16
 
 
+def inputs_of(shape: Sequence[int]) -> int:
+    """Return how many inputs a unit has of which this is the weight; a bias, or a scale, has one.
+
+    Example:
+        >>> inputs_of((16, 8, 3, 3)), inputs_of((16,))
+        (72, 1)
+    """
+    return math.prod(shape[1:]) if len(shape) > 1 else 1
+
+
 @dataclass
 class Guard:
-    """Falls back towards Adam's step, past the horizon little by little, and as the running loss says.
+    """Falls back towards Adam's step, past the horizon and in wide layers little by little, and as the loss says.
 
     The running loss (decay 0.9) is compared with the lowest slow one (decay 0.99). Where a quarter of what was gained
     since the start is lost again, trust is halved, at most every 20 steps; where the loss is above that of the start,
@@ -82,18 +93,25 @@ class Guard:
             self.trust = self.trust / 2 if self.trust / 2 >= _LEAST else 0.0
             self.rest = _PATIENCE
 
-    def share(self, step: int, clock: int | None) -> float:
-        """Return the share of the learned step: past the clock it falls as one over time, and trust is a factor.
+    def share(self, step: int, clock: int | None, inputs: int = 1, width: int | None = None) -> float:
+        """Return the share of the learned step in a tensor; trust is a factor of it.
+
+        Past the clock it falls as one over time, and past the width as one over the inputs of a unit, as the learning
+        rate of a wide layer has to (Yang et al. 2021).
 
         Args:
             step: updates before this one.
             clock: where time stands still.
+            inputs: of a unit of the layer, see `inputs_of`.
+            width: the most that there were in the meta-training.
 
         Example:
-            >>> Guard().share(100, 200), Guard().share(800, 200)
-            (1.0, 0.25)
+            >>> Guard().share(100, 200), Guard().share(800, 200), Guard().share(800, 200, 256, 128)
+            (1.0, 0.25, 0.125)
         """
-        return self.trust * (1.0 if not clock or step <= clock else clock / step)
+        late = 1.0 if not clock or step <= clock else clock / step
+        wide = 1.0 if not width or inputs <= width else width / inputs
+        return self.trust * late * wide
 
     def state_dict(self) -> dict[str, float]:
         """Return what it has seen, as plain numbers."""

@@ -86,12 +86,12 @@ def move(
     signals,
     bias,
     last,
+    shares,
     factor,
     size,
     limit,
     eps,
-    trust,
-    adam,
+    adam_lr,
     correction,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -105,7 +105,8 @@ def move(
     """Run the network and take its steps; with ADD only add up what the size of a normalised step depends on.
 
     Shapes:
-        sums `(K, 8)` and totals `(K, 2)`, float64; first and signals `(H, 8)`, bias `(H,)`, last `(outputs, H + 1)`.
+        sums `(K, 8)` and totals `(K, 2)`, float64; first and signals `(H, 8)`, bias `(H,)`, last `(outputs, H + 1)`,
+        shares `(K,)`.
     """
     tensor, at, numel, row = _place(table, blocks, BLOCK)
     mask = at < numel
@@ -166,10 +167,10 @@ def move(
         step = tl.minimum(step, limit, propagate_nan=ALL)
         if ADAM:
             seconds = tl.load(row + 4).to(tl.pointer_type(tl.float32)) + at
-            second, square = tl.load(seconds, mask, other=0.0), gradient * gradient
-            second = tl.where(second == 0, square, second + (square - second) * 0.001)
+            second = tl.load(seconds, mask, other=0.0) * 0.999 + gradient * gradient * 0.001
             tl.store(seconds, second, mask)
             ratio = tl.load(momenta + 2 * numel, mask, other=0.0) * correction / (tl.sqrt(second) + 1e-8)
             ratio = tl.minimum(tl.maximum(ratio, -1.0, propagate_nan=ALL), 1.0, propagate_nan=ALL)
-            step = step * trust + ratio * adam
+            share = tl.load(shares + tensor)
+            step = step * share + ratio * (1 - share) * adam_lr
         tl.store(parameters, (parameter - step).to(P), mask)

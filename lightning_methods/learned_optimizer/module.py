@@ -17,6 +17,7 @@ from lightning_methods.learned_optimizer.architecture import Architecture, Featu
 from lightning_methods.learned_optimizer.estimators import ESTIMATORS, Episode, Estimates, Estimator, estimate
 from lightning_methods.learned_optimizer.families import ClassifierFamily
 from lightning_methods.learned_optimizer.functional import combine_sums, estimator_sums, variances
+from lightning_methods.learned_optimizer.guard import inputs_of
 from lightning_methods.learned_optimizer.problem import InnerTraining
 from lightning_methods.learned_optimizer.samples import samples_of
 from lightning_methods.learned_optimizer.schedule import TruncationSchedule
@@ -161,6 +162,7 @@ class MetaTraining(OneFamily, LightningModule):
         self.variance_ema: Tensor
         self.register_buffer("variance_ema", torch.zeros(2, self.architecture.size, dtype=torch.float64))
         self.longest = 0
+        self.widest = 0
         self._slots: list[dict[str, Any] | None] = [None] * tasks_per_step
         self._taken = [0] * tasks_per_step
 
@@ -261,6 +263,7 @@ class MetaTraining(OneFamily, LightningModule):
         seeds = [seed_of(*place, "pair", pair) for pair in pairs]
         state = self._problem(running).begin(self._precise, seeds)
         running["episode"] = Episode(0, horizon, state)
+        self.widest = max(self.widest, *(inputs_of(shape) for shape in running["problem"].form.shapes))
         return running
 
     def _problem(self, running: dict[str, Any]) -> InnerTraining:
@@ -359,6 +362,7 @@ class MetaTraining(OneFamily, LightningModule):
             "made_by": "MetaTraining",
             "tasks": [task.name for task in self.tasks],
             "horizon": self.longest or None,
+            "width": self.widest or None,
             "estimator": self.estimator,
             "outer_steps": int(self.outer_step),
             "seed": self.seed,
@@ -369,7 +373,11 @@ class MetaTraining(OneFamily, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the inner trainings that are on their way."""
-        checkpoint["meta"] = {"longest": self.longest, "slots": [_plain(slot) for slot in self._slots]}
+        checkpoint["meta"] = {
+            "longest": self.longest,
+            "widest": self.widest,
+            "slots": [_plain(slot) for slot in self._slots],
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the inner trainings."""
@@ -377,6 +385,7 @@ class MetaTraining(OneFamily, LightningModule):
         if saved is None:
             return
         self.longest = saved["longest"]
+        self.widest = saved.get("widest", 0)
         self._slots = [None if s is None else {**s, "episode": Episode(**s["episode"])} for s in saved["slots"]]
 
     def _log(self, values: dict[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from lightning_methods.learned_optimizer.factored import factored_step
 from lightning_methods.learned_optimizer.fast import Engine, Network, Settings
 from lightning_methods.learned_optimizer.functional import DECAYS
 from lightning_methods.learned_optimizer.fused import FusedEngine, is_usable
-from lightning_methods.learned_optimizer.guard import Guard
+from lightning_methods.learned_optimizer.guard import Guard, inputs_of
 from lightning_methods.learned_optimizer.unrolled import small_fc_shapes
 from lightning_methods.learned_optimizer.weights import Weights, load_weights
 
@@ -43,9 +43,9 @@ class LearnedOptimizer(Optimizer):
 
     The guard, on by default, keeps it from diverging beyond what it was trained for, by falling back to Adam's step
     (learning rate `guard_lr`). Past the `clock` of the weights' card time stands still for the network, and the share
-    of its step falls as one over time; no element of it moves by more than `0.1 lr`; and where the running loss that
-    the closure returns gives back a quarter of what was gained, half of its share is gone, and so on until all is.
-    Ranks decide by their mean loss.
+    of its step falls as one over time; in layers with more inputs than the card's `width` it falls as one over their
+    number; no element of it moves by more than `0.1 lr`; and where the running loss that the closure returns gives back
+    a quarter of what was gained, half of its share is gone, and so on until all is. Ranks decide by their mean loss.
 
     Args:
         params: parameters, or groups of them with `lr` and `weight_decay` of their own.
@@ -57,7 +57,7 @@ class LearnedOptimizer(Optimizer):
         maximize: whether to go uphill.
         nonfinite: what to do with gradients that are not finite: `"skip"` the step (counted in `skipped_steps`),
             `"zero"` those elements, `"raise"`, or `"propagate"` them.
-        guard: see above. State is six floats a parameter, and a seventh once Adam has a share.
+        guard: see above. State is six floats a parameter, and a seventh where Adam has a share.
         guard_lr: learning rate of the Adam step that is fallen back to, times `lr`. Long trainings end with it.
         features, hidden_size, hidden_layers: what the weights must be, where that is to be checked.
 
@@ -103,7 +103,6 @@ class LearnedOptimizer(Optimizer):
         self.nonfinite, self.max_grad_norm = nonfinite, max_grad_norm
         self.guard = Guard(lr=guard_lr) if guard else None
         self.skipped_steps = 0
-        self.learned_share = 1.0
         self._networks: dict[tuple[torch.dtype, torch.device], Network] = {}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
@@ -121,6 +120,16 @@ class LearnedOptimizer(Optimizer):
                 raise InvalidArgument(f"{name}={group[name]}: a number that is not negative is needed.")
         for p in group["params"]:
             _check_parameter(p)
+
+    @property
+    def learned_share(self) -> float:
+        """Share of the learned step in the last one, mean over the elements; the rest is Adam's."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        count = sum(p.numel() for p in params)
+        return sum(self._share(max(self._steps_of(p) - 1, 0), p) * p.numel() for p in params) / max(count, 1)
+
+    def _steps_of(self, p: Tensor) -> int:
+        return int(self.state[p]["step"]) if p in self.state else 0
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -195,24 +204,32 @@ class LearnedOptimizer(Optimizer):
             together.setdefault((t, p.dtype, p.device, entry.gradient.dtype), []).append(entry)
         torch._foreach_add_(steps, 1)
         for (t, *_), own in together.items():
-            settings, network = self._settings(t, lr, factor), self._network(own[0].parameter)
-            if settings.trust < 1:
-                for p, _, state in own:
-                    if "second_moment" not in state:
-                        state["second_moment"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            own = [e._replace(share=self._share(t, e.parameter)) for e in own]
+            settings, network = self._settings(t, lr, factor, own), self._network(own[0].parameter)
             if isinstance(network, Engine):
                 network.update(own, settings, total)
                 continue
             for entry in own:
                 factored_step(network, entry, settings)
 
-    def _settings(self, t: int, lr: float, factor: float) -> Settings:
+    def _share(self, t: int, p: Tensor) -> float:
+        """Return the share of the learned step in the step of a tensor."""
+        if self.guard is None:
+            return 1.0
+        return self.guard.share(t, self.weights.clock, inputs_of(p.shape), self.weights.width)
+
+    def _settings(self, t: int, lr: float, factor: float, entries: Sequence[Entry]) -> Settings:
+        """Return what holds for these tensors; where any of them has a part of Adam's step, all have its moments."""
         if self.guard is None:
             return Settings(t, lr, factor)
-        clock = self.weights.clock
-        time = t if not clock else min(t, clock)
-        self.learned_share = self.guard.share(t, clock)
-        return Settings(time, lr, factor, self.learned_share, self.guard.lr * lr, self.guard.step_limit * lr)
+        time, limit = min(t, self.weights.clock or t), self.guard.step_limit * lr
+        if all(e.share == 1 for e in entries):
+            return Settings(time, lr, factor, limit=limit)
+        for p, gradient, state, _ in entries:
+            if "second_moment" not in state:
+                square = torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+                state["second_moment"] = square.copy_(gradient).mul_(factor).square_()
+        return Settings(time, lr, factor, self.guard.lr * lr, limit)
 
     def _network(self, p: Tensor) -> Network:
         key = (torch.promote_types(p.dtype, torch.float32), p.device)
@@ -316,7 +333,7 @@ class LearnedOptimizer(Optimizer):
             self.guard.load_state_dict(own["guard"])
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("weights", "nonfinite", "max_grad_norm", "guard", "skipped_steps", "learned_share")
+        names = ("weights", "nonfinite", "max_grad_norm", "guard", "skipped_steps")
         return super().__getstate__() | {name: getattr(self, name) for name in names} | {"_networks": {}}
 
 

@@ -40,7 +40,7 @@ class InnerTraining:
         outer_loss: whether the outer loss is taken on held-out samples (`"valid"`) or on those trained on (`"train"`).
         val_fraction: share of the samples that an inner training holds out, drawn anew for each pair.
         second_order: whether gradients of theta flow through the inner gradients.
-        clock: see `UnrolledOptimizer`.
+        clock, width: see `UnrolledOptimizer`.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class InnerTraining:
         val_fraction: float = 0.3,
         second_order: bool = True,
         clock: int | None = None,
+        width: int | None = None,
     ) -> None:
         if task.inputs is None or task.targets is None:
             raise InvalidArgument(f"The task {task.name!r} has no data: give it samples, or train with a datamodule.")
@@ -60,7 +61,7 @@ class InnerTraining:
         self.held_out = round(val_fraction * len(self.inputs)) if outer_loss == "valid" else 0
         if len(self.inputs) - self.held_out < 1 or (outer_loss == "valid" and self.held_out < 1):
             raise InvalidArgument(f"{len(self.inputs)} samples of {task.name!r} are too few to hold some out.")
-        self.form = UnrolledOptimizer(architecture, task.shapes, clock)
+        self.form = UnrolledOptimizer(architecture, task.shapes, clock, width)
 
     def begin(self, theta: Tensor, seeds: Sequence[int]) -> State:
         """Return parameters, optimizer state and split of the samples."""

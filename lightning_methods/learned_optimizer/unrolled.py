@@ -23,7 +23,7 @@ from lightning_methods.learned_optimizer.functional import (
     time_features,
     unit_scale,
 )
-from lightning_methods.learned_optimizer.guard import Guard
+from lightning_methods.learned_optimizer.guard import Guard, inputs_of
 
 State = dict[str, Tensor]
 
@@ -59,6 +59,7 @@ class UnrolledOptimizer:
         shapes: of the tensors of one particle.
         clock: where the guard of `LearnedOptimizer` lets time stand still and begins to hand over to Adam; its limit of
             a step holds too. None for the learned steps as they are. (What it does where the loss rises is no part.)
+        width: inputs of a unit beyond which it does so from the start, where there is a clock.
 
     Example:
         >>> form = UnrolledOptimizer(Architecture(), [(2, 3), (3,)])
@@ -69,8 +70,14 @@ class UnrolledOptimizer:
         [(4, 2, 3), (4, 3)]
     """
 
-    def __init__(self, architecture: Architecture, shapes: Sequence[Sequence[int]], clock: int | None = None) -> None:
-        self.architecture, self.clock, self.guard = architecture, clock, Guard()
+    def __init__(
+        self,
+        architecture: Architecture,
+        shapes: Sequence[Sequence[int]],
+        clock: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        self.architecture, self.clock, self.width, self.guard = architecture, clock, width, Guard()
         self.shapes = [tuple(shape) for shape in shapes]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.numel = torch.tensor(self.sizes, dtype=torch.float64).clamp(min=1)
@@ -133,12 +140,14 @@ class UnrolledOptimizer:
 
     def _guarded(self, update: Tensor, inputs: Tensor, second: Tensor | None, t: int) -> tuple[Tensor, Tensor | None]:
         """Return the update as the guard of `LearnedOptimizer` lets it be while the loss does not rise."""
-        guard, share = self.guard, self.guard.share(t, self.clock)
+        guard = self.guard
         update = update.clamp(-guard.step_limit, guard.step_limit)
-        if share == 1:
+        shares = [guard.share(t, self.clock, inputs_of(shape), self.width) for shape in self.shapes]
+        if all(share == 1 for share in shares):
             return update, second
+        share = self.member.to(update) @ torch.tensor(shares, dtype=update.dtype, device=update.device)
         gradient, momentum = inputs[:, 0], inputs[:, self.architecture.momentum]
-        second = torch.zeros_like(gradient) if second is None else second
+        second = gradient.square() if second is None else second
         ratio, second = adam_direction(momentum, gradient, second, min(t, self.clock or t) + 1)
         return share * update + (1 - share) * guard.lr * ratio, second
 

@@ -56,6 +56,11 @@ class Weights:
         return self.card.get("clock", self.horizon)
 
     @property
+    def width(self) -> int | None:
+        """Return the most inputs of a unit that the guard leaves to them alone, where the card says."""
+        return self.card.get("width")
+
+    @property
     def fingerprint(self) -> str:
         """Return a digest of the numbers and of what they belong to."""
         text = json.dumps(self.architecture.to_dict(), sort_keys=True).encode()

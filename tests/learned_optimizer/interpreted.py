@@ -25,15 +25,16 @@ CASES = {
     "bf16": {"dtype": torch.bfloat16, "step_mult": 1e-2},
     "adam": {"trust": 0.5},
     "late": {"features": "signal", "normalize_step": True, "step_mult": 1e-2, "clock": 1, "steps": 4, "maximize": True},
+    "wide": {"width": 10, "steps": 3},
     "nan": {"scale": float("nan"), "steps": 1, "nonfinite": "propagate"},
 }
 
 
-def run(kernels: bool, *, dtype=torch.float32, scale=1.0, trust=1.0, steps=2, clock=None, **settings):
+def run(kernels: bool, *, dtype=torch.float32, scale=1.0, trust=1.0, steps=2, clock=None, width=None, **settings):
     names = ("max_grad_norm", "maximize", "weight_decay", "nonfinite")
     options = {k: settings.pop(k) for k in names if k in settings}
     a = Architecture(hidden_size=3, **settings)
-    weights = Weights("made", a, a.initial(torch.Generator().manual_seed(1)), {"clock": clock})
+    weights = Weights("made", a, a.initial(torch.Generator().manual_seed(1)), {"clock": clock, "width": width})
     generator = torch.Generator().manual_seed(2)
     params = [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES]
     params[3] = nn.Parameter(params[3].detach().to(memory_format=torch.channels_last))

@@ -33,7 +33,7 @@ def test_the_kernels_give_the_numbers_of_torch():
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("bf16") < 0.04
-    assert set(found) == {"paper", "normalised", "adam", "late"}
+    assert set(found) == {"paper", "normalised", "adam", "late", "wide"}
     assert max(found.values()) < 1e-6, found
 
 
@@ -57,7 +57,7 @@ def test_the_kernels_compile_without_a_gpu(monkeypatch, tmp_path, capability):
 
     types = {"P": kernels.TYPES[torch.bfloat16], "G": kernels.TYPES[torch.float32], "BLOCK": kernels.BLOCK}
     assert size_of(kernels.advance, ("factor",), **types) > 0
-    floats = ("factor", "size", "limit", "eps", "trust", "adam", "correction")
+    floats = ("factor", "size", "limit", "eps", "adam_lr", "correction")
     for normalize, add, adam in ((False, False, True), (True, True, False), (True, False, True), (True, False, False)):
         form = types | {"H": 32, "SIGNAL": normalize, "NORMALIZE": normalize, "ADD": add, "ADAM": adam}
         assert size_of(kernels.move, floats, **form) > 0

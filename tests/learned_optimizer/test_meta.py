@@ -75,14 +75,15 @@ def test_a_minute_of_meta_training_lowers_the_outer_loss_by_two_fifths(tmp_path)
     assert model.evaluate(model.tasks[0], steps=40).mean() < 0.6 * first
 
 
-@pytest.mark.parametrize("clock", [None, 4])
+@pytest.mark.parametrize(("clock", "width"), [(None, 6), (4, 6), (4, 5)], ids=["learned", "late", "wide"])
 @pytest.mark.parametrize("features", ["paper", "signal", "small_fc"])
-def test_what_is_exported_trains_as_meta_training_did(features, clock, tmp_path):
+def test_what_is_exported_trains_as_meta_training_did(features, clock, width, tmp_path):
     model = MetaTraining(
         [made_task()], features=features, normalize_step=features == "signal", unroll=2, step_mult=0.01, clock=clock
     )
     fit(model, 1, tmp_path)
-    path = model.export(tmp_path / "mine.json", note="a test")
+    assert load_weights(model.export(tmp_path / "mine.json")).width == 6
+    path = model.export(tmp_path / "mine.json", note="a test", width=width)
     card = load_weights(path).card
     assert card["note"] == "a test"
     assert card["outer_steps"] == 1
@@ -90,7 +91,7 @@ def test_what_is_exported_trains_as_meta_training_did(features, clock, tmp_path)
     assert card.get("clock") == clock
 
     task, seeds, steps = model.tasks[0], [seed_of("evaluation", 0)], 10
-    problem = InnerTraining(model.architecture, task, clock=clock)
+    problem = InnerTraining(model.architecture, task, clock=clock, width=width)
     theta = model.theta.detach().expand(2, -1)
     state = problem.begin(theta, seeds)
     rows, outer = problem._batches(state["order"], seeds, steps)

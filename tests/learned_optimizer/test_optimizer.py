@@ -28,9 +28,9 @@ from tests.support.training import loader
 SHAPES = [(3,), (), (200, 100), (4, 3, 3, 3), (1,), (9000,), (0,), (5, 2), (20, 300)]
 
 
-def made_weights(clock=None, **settings) -> Weights:
+def made_weights(clock=None, width=None, **settings) -> Weights:
     a = Architecture(**{"step_mult": 1e-2, **settings})
-    return Weights("made", a, a.initial(torch.Generator().manual_seed(1)), {"clock": clock})
+    return Weights("made", a, a.initial(torch.Generator().manual_seed(1)), {"clock": clock, "width": width})
 
 
 def made_params(dtype=torch.float32, shapes=SHAPES):
@@ -429,6 +429,38 @@ def test_time_stands_still_beyond_the_horizon_and_adam_takes_over():
         moved.append(1 - p.detach())
     adam = 0.1 / (1 - 0.9**5)  # the momentum has seen one gradient, and time stands at four
     torch.testing.assert_close(moved[1], moved[0] / 4 + 0.75 * 1e-3 * adam, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("features", ["paper", "signal", "small_fc"])
+def test_in_wide_layers_adam_has_a_share_from_the_start(features):
+    shapes = [(300, 40), (7, 10), (40,), (8, 5, 4, 4), ()]
+    wide = {"features": features, "normalize_step": features == "signal", "hidden_size": 8}
+
+    def moved(width, trust=1.0):
+        params = made_params(torch.float64, shapes)
+        before = [p.detach().clone() for p in params]
+        optimizer = LearnedOptimizer(params, weights=made_weights(width=width, **wide))
+        optimizer.guard.trust = trust
+        give_gradients(params, 0)
+        optimizer.step()
+        return [p.detach() - b for p, b in zip(params, before, strict=True)], optimizer
+
+    (learned, whole), (adam, _), (found, optimizer) = moved(None), moved(None, 0.0), moved(20)
+    for a, b, c, share in zip(learned, adam, found, (1 / 2, 1.0, 1.0, 1 / 4, 1.0), strict=True):
+        torch.testing.assert_close(c, share * a + (1 - share) * b, rtol=1e-9, atol=1e-12)
+    assert whole.learned_share == 1
+    sizes = [12000, 70, 40, 640, 1]
+    assert optimizer.learned_share == pytest.approx((6000 + 70 + 40 + 160 + 1) / sum(sizes))
+    assert all("second_moment" in s for s in optimizer.state.values())
+    assert not any("second_moment" in s for s in whole.state.values())
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_adams_part_is_a_number_for_gradients_of_any_size(scale):
+    params = made_params()
+    run(params, scale=scale, weights=made_weights(width=2, clock=1))
+    assert all(bool(p.isfinite().all()) for p in params)
+    assert difference(params, made_params()) < 1.0
 
 
 def test_a_step_is_limited():
