@@ -130,16 +130,21 @@ def train(name: str, stage: str, seed: int) -> None:
 
 
 def choose(name: str) -> None:
-    """Compare what was made on the validation tasks at 200 and at 2,000 steps, with the guard and each clock."""
+    """Compare what was made on the validation tasks at 200 and 2,000 steps, and in wide networks, under the guard."""
     made = [RUNS / f"{name}_{candidate}.json" for candidate in CONFIG[name]["candidates"]]
-    plans = [(CHOICE, validate.tasks(), clock) for clock in CONFIG[name]["clocks"]]
-    plans.append((CHOICE.with_stem("choice_wide"), validate.wide_tasks(), CONFIG[name]["clocks"][0]))
-    for target, tasks, clock in plans:
-        for path, rows in zip(made, validate.compare(tasks, made, clock), strict=True):
-            place = {"weights": path.stem, "clock": clock, **spent(path)}
-            means = {column: f"{validate.overall(rows, column):.4f}" for column in ("mean_200", "mean_2000", "last")}
-            validate.write(target, [place | means])
-            validate.write(CHOICE.with_stem("choice_tasks"), [place | row for row in rows])
+    for guard in CONFIG[name]["guards"]:
+        short, long = validate.LENGTHS
+        own, wide = (
+            validate.compare(tasks, made, guard, steps)
+            for tasks, steps in ((validate.tasks(), long), (validate.wide_tasks(), short))
+        )
+        for path, rows, wide_rows in zip(made, own, wide, strict=True):
+            place = {"weights": path.stem, **guard, **spent(path)}
+            means = {column: validate.overall(rows, column) for column in (f"mean_{short}", f"mean_{long}", "last")}
+            means |= {"wide": validate.overall(wide_rows, f"mean_{short}")}
+            validate.write(CHOICE, [place | {column: f"{value:.4f}" for column, value in means.items()}])
+            tasks = [place | row for row in rows] + [place | {**row, f"mean_{long}": ""} for row in wide_rows]
+            validate.write(CHOICE.with_stem("choice_tasks"), tasks)
             print(place, means, flush=True)
 
 
@@ -166,10 +171,9 @@ def before(name: str, stage: str, seed: Any) -> Any:
 
 
 def chosen(name: str) -> dict[str, str]:
-    """Return the row of the least geometric mean of both lengths, or the best one of what the configuration names."""
-    wanted = f"{name}_{CONFIG[name].get('shipped', '')}"
-    own = [row for row in csv.DictReader(CHOICE.open()) if row["weights"].startswith(wanted)]
-    return min(own, key=lambda row: float(row["mean_200"]) * float(row["mean_2000"]))
+    """Return the row of the least product of the three means: 200 and 2,000 steps, and wide networks."""
+    own = [row for row in csv.DictReader(CHOICE.open()) if row["weights"].startswith(f"{name}_")]
+    return min(own, key=lambda row: float(row["mean_200"]) * float(row["mean_2000"]) * float(row["wide"]))
 
 
 def ship(name: str) -> None:
@@ -181,6 +185,7 @@ def ship(name: str) -> None:
         "outer_steps": int(row["outer_steps"]),
         "cpu_seconds": round(float(row["cpu_seconds"])),
         "clock": int(row["clock"]),
+        "width": int(row["width"]),
         "tasks": sorted(set(found.card["tasks"])),
         "seeds_tried": len(CONFIG[name]["seeds"]),
         "command": f"python evidence/learned_optimizer/meta_train.py {name} ...",

@@ -145,6 +145,8 @@ TASKS = {
     "digits, conv net": Task(lambda root: digits(), conv, (200,)),
     "digits, residual conv net": Task(lambda root: digits(), Residual, (200,)),
     "digits, MLP 128-128-128": Task(lambda root: digits(), mlp(64, 128, 128, 128, 10), (200,)),
+    "digits, MLP 512-512": Task(lambda root: digits(), mlp(64, 512, 512, 10), (200,)),
+    "digits, MLP 1024-1024": Task(lambda root: digits(), mlp(64, 1024, 1024, 10), (200,)),
     "wine": Task(lambda root: split(*load_wine(return_X_y=True)), mlp(13, 32, 3), (200, 2000)),
     "breast cancer": Task(lambda root: split(*load_breast_cancer(return_X_y=True)), mlp(30, 32, 2), (200, 2000)),
     "iris": Task(lambda root: split(*load_iris(return_X_y=True)), mlp(4, 32, 3), (200,)),
@@ -251,7 +253,8 @@ def learn_together(task: Task, data: Data, optimizer: str, steps: int, seeds: Se
     side, val = Side.begin(task, data, steps, seeds), []
     if not side.task.is_fast:
         return [train(task, data, lambda p: LearnedOptimizer(p, **settings), steps, seed) for seed in seeds]
-    form = UnrolledOptimizer(weights.architecture, side.task.shapes, weights.clock if guarded else None)
+    limits = (weights.clock, weights.width) if guarded else ()
+    form = UnrolledOptimizer(weights.architecture, side.task.shapes, *limits)
     guards = [Guard() for _ in seeds]
     theta, params = weights.theta.expand(len(seeds), -1), side.params
     state = form.begin(params[0], len(seeds))

@@ -1,7 +1,7 @@
 """Compare weights on validation tasks: draws and sets that meta-training does not use.
 
-Nothing that run.py reports is among them. The guard's clock and its smaller steps are applied; its Adam steps, which a
-rising training loss calls, are not.
+Nothing that run.py reports is among them. The guard's clock, its width and its limit of a step are applied; what it
+does where the training loss rises is not.
 """
 
 from __future__ import annotations
@@ -40,19 +40,23 @@ def tasks() -> list[ModuleTask]:
 
 
 def wide_tasks() -> list[ModuleTask]:
-    """Return networks with layers of 128 units, wider than those of the meta-training."""
+    """Return networks with two layers of 128 and of 512 units, wider than those of the meta-training."""
     from meta_train import families
 
-    every = families("broad", 30_000, random_state=202, label_noise=0.0, conv=0.0, widths=[128, 128], depths=[2, 3])
-    return [every[i].sample(3_000_000 + i) for i in (0, 1, -4, -6)]
+    found = []
+    for k, width in enumerate((128, 512)):
+        settings = {"label_noise": 0.0, "conv": 0.0, "widths": [width, width], "depths": [2, 2]}
+        every, first = families("broad", 10**9, random_state=202 + k, **settings), 1_000_000 * (k + 3)
+        found += [every[i].sample(first + i) for i in (0, 1, -4, -6)]
+    return found
 
 
 @torch.no_grad()
-def curves(task: ModuleTask, weights: Sequence[Path | str], clock: int, steps: int) -> Tensor:
+def curves(task: ModuleTask, weights: Sequence[Path | str], guard: dict[str, int], steps: int) -> Tensor:
     """Return the validation losses `(weights, SEEDS, steps)` of weights of one architecture, on the same batches."""
     loaded = [load_weights(path) for path in weights]
     loaded += loaded[len(loaded) - len(loaded) % 2 :]  # particles come in pairs
-    problem = InnerTraining(loaded[0].architecture, task, clock=clock)
+    problem = InnerTraining(loaded[0].architecture, task, **guard)
     seeds = [seed_of("validation", i) for i in range(SEEDS)] * (len(loaded) // 2)
     theta = torch.stack([w.theta for w in loaded]).repeat_interleave(SEEDS, 0)
     losses, _ = problem.unroll(theta, problem.begin(theta, seeds), 0, steps, seeds, differentiable=False)
@@ -60,12 +64,19 @@ def curves(task: ModuleTask, weights: Sequence[Path | str], clock: int, steps: i
 
 
 def compare(
-    given: Sequence[ModuleTask], weights: Sequence[Path | str], clock: int, steps: int = LENGTHS[-1]
+    given: Sequence[ModuleTask], weights: Sequence[Path | str], guard: dict[str, int], steps: int
 ) -> list[list[dict[str, Any]]]:
-    """Return for each of the weights a row a task: mean losses at every length, and the last tenth's."""
+    """Return for each of the weights a row a task: mean losses at every length, and the last tenth's.
+
+    Args:
+        given: tasks.
+        weights: names or files, all of one architecture.
+        guard: its `clock` and `width`.
+        steps: of the trainings.
+    """
     found: list[list[dict[str, Any]]] = [[] for _ in weights]
     for task in given:
-        for rows, own in zip(found, curves(task, weights, clock, steps), strict=True):
+        for rows, own in zip(found, curves(task, weights, guard, steps), strict=True):
             row = {"task": task.name, **{f"mean_{n}": float(own[:, :n].mean()) for n in LENGTHS if n <= steps}}
             rows.append({**row, "last": float(own[:, -steps // 10 :].mean())})
     return found

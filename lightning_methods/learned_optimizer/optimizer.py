@@ -42,8 +42,8 @@ class LearnedOptimizer(Optimizer):
     output chooses. There is no learning rate to tune; `lr` multiplies the step, so that schedulers work.
 
     The guard, on by default, keeps it from diverging beyond what it was trained for, by falling back to Adam's step
-    (learning rate `guard_lr`). Past the `clock` of the weights' card time stands still for the network, and the share
-    of its step falls as one over time; in layers with more inputs than the card's `width` it falls as one over their
+    (learning rate `guard_lr`). Past the `clock` of the weights' card time stands still for the network, the share of
+    its step falls as one over time, and that learning rate as one over the root of time; in layers with more inputs than the card's `width` it falls as one over their
     number; no element of it moves by more than `0.1 lr`; and where the running loss that the closure returns gives back
     a quarter of what was gained, half of its share is gone, and so on until all is. Ranks decide by their mean loss.
 
@@ -58,7 +58,7 @@ class LearnedOptimizer(Optimizer):
         nonfinite: what to do with gradients that are not finite: `"skip"` the step (counted in `skipped_steps`),
             `"zero"` those elements, `"raise"`, or `"propagate"` them.
         guard: see above. State is six floats a parameter, and a seventh where Adam has a share.
-        guard_lr: learning rate of the Adam step that is fallen back to, times `lr`. Long trainings end with it.
+        guard_lr: learning rate of the Adam step that is fallen back to, times `lr`: at first, see above.
         features, hidden_size, hidden_layers: what the weights must be, where that is to be checked.
 
     Raises:
@@ -229,7 +229,7 @@ class LearnedOptimizer(Optimizer):
             if "second_moment" not in state:
                 square = torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
                 state["second_moment"] = square.copy_(gradient).mul_(factor).square_()
-        return Settings(time, lr, factor, self.guard.lr * lr, limit)
+        return Settings(time, lr, factor, self.guard.adam_lr(t, self.weights.clock) * lr, limit)
 
     def _network(self, p: Tensor) -> Network:
         key = (torch.promote_types(p.dtype, torch.float32), p.device)

@@ -149,7 +149,7 @@ class UnrolledOptimizer:
         gradient, momentum = inputs[:, 0], inputs[:, self.architecture.momentum]
         second = gradient.square() if second is None else second
         ratio, second = adam_direction(momentum, gradient, second, min(t, self.clock or t) + 1)
-        return share * update + (1 - share) * guard.lr * ratio, second
+        return share * update + (1 - share) * guard.adam_lr(t, self.clock) * ratio, second
 
     def _squares(self, inputs: Tensor) -> Tensor:
         """Return the sums of squares over each tensor: `(P, F, N)` -> `(P, K, F)`."""
