@@ -128,22 +128,24 @@ def transition(
     kept = weight != 0
     if remove_self_loops:
         kept &= edge_index[0] != edge_index[1]
-    edge_index, weight = edge_index[:, kept], weight[kept]
+    if not bool(kept.all()):
+        edge_index, weight = edge_index[:, kept], weight[kept]
     keys = edge_index[0] * size + edge_index[1]
     if not bool((keys[1:] > keys[:-1]).all()):  # in order and each once, as PyG keeps them, there is nothing to do
         keys, place = torch.unique(keys, return_inverse=True)
         summed = weight.new_zeros(len(keys)).index_add_(0, place, weight)
         weight = torch.ones_like(summed) if edge_weight is None else summed
-    source, target = keys // max(size, 1), keys % max(size, 1)
-    out = weight.new_zeros(size).index_add_(0, source, weight)
-    into = weight.new_zeros(size).index_add_(0, target, weight)
+        edge_index = torch.stack([keys // max(size, 1), keys % max(size, 1)])
+
+    def total(of: Tensor) -> Tensor:
+        return weight.new_zeros(size).index_add_(0, of, weight)[of]
+
+    source, target = edge_index
     if normalization == "column":
-        weight = weight / out[source]
-    elif normalization == "row":
-        weight = weight / into[target]
-    else:
-        weight = weight / (out[source].sqrt() * into[target].sqrt())
-    return torch.stack([source, target]), weight, size
+        return edge_index, weight / total(source), size
+    if normalization == "row":
+        return edge_index, weight / total(target), size
+    return edge_index, weight / (total(source).sqrt() * total(target).sqrt()), size
 
 
 def stranded(edge_index: Tensor, num_nodes: int, normalization: str) -> Tensor:

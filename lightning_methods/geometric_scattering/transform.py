@@ -245,9 +245,10 @@ class GeometricScattering(GraphTransform):
     def _groups(self, dataset: Iterable[Any], batch_nodes: int) -> Iterator[tuple[list[Any], Tensor]]:
         if batch_nodes < 1:
             raise InvalidArgument(f"batch_nodes={batch_nodes}: at least 1 is needed.")
-        batches = require("torch_geometric.data", extra="graph", why=type(self).__name__).Batch
-        for graphs in _grouped(dataset, batch_nodes):
-            yield graphs, self.features(batches.from_data_list(graphs))
+        make = require("torch_geometric.data", extra="graph", why=type(self).__name__).Batch
+        names = [*(["x"] if "x" in self.signals else []), *(["edge_weight"] if self.use_edge_weight else [])]
+        for graphs, counts in _grouped(dataset, batch_nodes):
+            yield graphs, self.features(make(**_joined(graphs, counts, names)))
 
     def feature_names(self, in_channels: int = 1) -> list[str]:
         """Return the names of the features.
@@ -416,15 +417,40 @@ def _is_symmetric(edge_index: Tensor, weight: Tensor | None, nodes: int) -> bool
     return same and bool(torch.allclose(weight[first], weight[second]))
 
 
-def _grouped(dataset: Iterable[Any], batch_nodes: int) -> Iterator[list[Any]]:
+def _grouped(dataset: Iterable[Any], batch_nodes: int) -> Iterator[tuple[list[Any], list[int]]]:
+    """Yield graphs of so many nodes together, or one of more, and how many nodes each has."""
     group: list[Any] = []
+    counts: list[int] = []
     nodes = 0
     for graph in dataset:
         size = int(graph.num_nodes or 0)
         if group and nodes + size > batch_nodes:
-            yield group
-            group, nodes = [], 0
+            yield group, counts
+            group, counts, nodes = [], [], 0
         group.append(graph)
+        counts.append(size)
         nodes += size
     if group:
-        yield group
+        yield group, counts
+
+
+def _joined(graphs: list[Any], counts: list[int], names: list[str]) -> dict[str, Any]:
+    """Return what a batch of graphs holds of edges and named attributes; PyG's own takes three times as long."""
+    edges = [edges_of(graph) for graph in graphs]
+    sizes = torch.tensor(counts, device=edges[0].device)
+    ptr = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    lengths = torch.tensor([e.shape[1] for e in edges], device=sizes.device)
+    first = torch.repeat_interleave(ptr[:-1], lengths, output_size=sum(e.shape[1] for e in edges))
+    batch = torch.arange(len(graphs), device=sizes.device).repeat_interleave(sizes, output_size=sum(counts))
+    found: dict[str, Any] = {"edge_index": torch.cat(edges, 1) + first, "ptr": ptr, "batch": batch}
+    for name in names:
+        parts = [value for graph in graphs if (value := getattr(graph, name, None)) is not None]
+        if parts and (len(parts) < len(graphs) or len({part.shape[1:] for part in parts}) > 1):
+            forms = sorted({str(tuple(part.shape[1:])) for part in parts})
+            raise BatchFormat(
+                f"{len(parts)} of {len(graphs)} graphs have {name}, each row of the shape {' or '.join(forms)}; all of "
+                f"them with one shape, or none, are needed."
+            )
+        if parts:
+            found[name] = torch.cat(parts)
+    return {**found, "num_nodes": sum(counts)}

@@ -43,9 +43,10 @@ class LearnedOptimizer(Optimizer):
 
     The guard, on by default, keeps it from diverging beyond what it was trained for, by falling back to Adam's step
     (learning rate `guard_lr`). Past the `clock` of the weights' card time stands still for the network, the share of
-    its step falls as one over time, and that learning rate as one over the root of time; in layers with more inputs than the card's `width` it falls as one over their
-    number; no element of it moves by more than `0.1 lr`; and where the running loss that the closure returns gives back
-    a quarter of what was gained, half of its share is gone, and so on until all is. Ranks decide by their mean loss.
+    its step falls as one over time, and that learning rate as one over the root of time. In layers with more inputs
+    than the card's `width` its share falls as one over their number. No element of it moves by more than `0.1 lr`.
+    Where the running loss that the closure returns gives back a quarter of what was gained, half of its share is gone,
+    and so on until all is; ranks decide by their mean loss.
 
     Args:
         params: parameters, or groups of them with `lr` and `weight_decay` of their own.

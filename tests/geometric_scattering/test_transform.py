@@ -70,6 +70,18 @@ def test_empty_graphs_at_the_end_of_a_batch_keep_their_rows():
     found = GeometricScattering(normalized=False)(Batch.from_data_list([*graphs(), empty])).scattering
     assert found.shape == (6, 128)
     assert (found[-1] == 0).all()
+    assert torch.equal(GeometricScattering(normalized=False).dataset_features([*graphs(), empty]), found)
+
+
+def test_weights_of_a_whole_data_set():
+    given = graphs()
+    for i, graph in enumerate(given):
+        graph.edge_weight = torch.rand(graph.num_edges, generator=torch.Generator().manual_seed(i))
+    transform = GeometricScattering(signals=("x", "degree"), to_undirected=True)
+    alone = torch.cat([transform.features(graph) for graph in given])
+    torch.testing.assert_close(transform.dataset_features(given), alone, rtol=1e-10, atol=1e-11)
+    plain = GeometricScattering(use_edge_weight=False)
+    torch.testing.assert_close(plain.dataset_features(given), plain.dataset_features(graphs()), rtol=0, atol=0)
 
 
 def test_structural_signals():
@@ -198,6 +210,17 @@ def test_signals_that_are_not_finite(bad):
         (lambda g: GeometricScattering()(Data(edge_index=g.edge_index, x=torch.rand(4, 1, 1))), BatchFormat, "nodes"),
         (lambda g: GeometricScattering().transform_dataset([g], batch_nodes=0), InvalidArgument, "batch_nodes=0"),
         (lambda g: GeometricScattering().dataset_features([]), InvalidArgument, "no graph"),
+        (lambda g: GeometricScattering().dataset_features([g, Data(x=g.x)]), BatchFormat, "no edge_index"),
+        (
+            lambda g: GeometricScattering().dataset_features([g, Data(edge_index=g.edge_index, num_nodes=4)]),
+            BatchFormat,
+            r"1 of 2 graphs have x, each row of the shape \(2,\)",
+        ),
+        (
+            lambda g: GeometricScattering().dataset_features([g, Data(edge_index=g.edge_index, x=torch.rand(4, 3))]),
+            BatchFormat,
+            r"\(2,\) or \(3,\)",
+        ),
         (
             lambda g: GeometricScattering()(Data(edge_index=g.edge_index, x=torch.rand(2, 1))),
             InvalidArgument,
