@@ -136,7 +136,16 @@ def test_bare_weights_are_fitted_to_and_say_the_same(folder, trained, capsys):
     assert sum(int(r["samples"]) for r in rows_of(folder / "label_audit/classes.csv")) == len(expected.given)
 
 
-@pytest.mark.parametrize("option", ["--refit", "--estimator=sample", "--support-fraction=half", "--layers=net.layer1"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--refit",
+        *(
+            pytest.param(option, marks=pytest.mark.slow)
+            for option in ("--estimator=sample", "--support-fraction=half", "--layers=net.layer1")
+        ),
+    ],
+)
 def test_an_option_fits_anew(folder, capsys, option):
     assert run("fitted.ckpt", "--config", "with.yaml", option) == 0
     assert "agreement with the validation labels" in capsys.readouterr().out

@@ -10,7 +10,9 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,10 +28,7 @@ CARDS = sorted((ROOT / "lightning_methods").glob("*/README.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *CARDS]
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 LONG = {"ladder_capsule.py", "lit.py", "reproducibility.py", "rog.py", "snnl.py"}
-EXAMPLES = [
-    pytest.param(path, marks=pytest.mark.slow) if path.name in LONG else path
-    for path in sorted((ROOT / "examples").glob("*.py"))
-]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MODULES = sorted((ROOT / "lightning_methods").rglob("*.py"))
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -39,6 +38,11 @@ NOT_RUN = {"pip", "uv", "git", "wandb", "cd", "source"}
 
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
+
+
+def slow_where(long: Callable[[Path], bool], paths: list[Path]) -> list[Any]:
+    """Return the cases, of which `make test` leaves the long ones to `make test-slow`."""
+    return [pytest.param(path, marks=pytest.mark.slow) if long(path) else path for path in paths]
 
 
 @pytest.fixture
@@ -63,7 +67,7 @@ def short(command: list[str]) -> list[str]:
     return command
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+@pytest.mark.parametrize("path", slow_where(CARDS.__contains__, DOCUMENTS), ids=name_of)
 def test_python_and_yaml_blocks_run(path: Path, at_home: Path) -> None:
     """Python blocks of a document run one after the other, as a reader would type them; YAML is what fit accepts."""
     torch.manual_seed(0)
@@ -78,7 +82,7 @@ def test_python_and_yaml_blocks_run(path: Path, at_home: Path) -> None:
     assert names
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+@pytest.mark.parametrize("path", slow_where((ROOT / "README.md").__eq__, DOCUMENTS), ids=name_of)
 def test_commands_run(path: Path, at_home: Path) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for language, text in blocks(path):
@@ -124,7 +128,7 @@ def test_sweeps_call_what_exists(path: Path, at_home: Path) -> None:
     assert main([*command, "--trainer.fast_dev_run=true"]) == 0
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=name_of)
+@pytest.mark.parametrize("path", slow_where(lambda path: path.name in LONG, EXAMPLES), ids=name_of)
 def test_examples_run(path: Path, at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With W&B offline, as the README shows it: curves, pictures and a table are on disk."""
     runpy.run_path(str(path), run_name="__main__")
