@@ -2,6 +2,8 @@
 
     python evidence/learned_optimizer/meta_train.py lm-small first --seed 0     # and 1, and 2
     python evidence/learned_optimizer/meta_train.py lm-small then --seed 0      # and 1, and 2
+    python evidence/learned_optimizer/meta_train.py lm-small long --seed 0      # and 1, and 2
+    python evidence/learned_optimizer/meta_train.py lm-small whole --seed 0     # and 1, and 2
     python evidence/learned_optimizer/meta_train.py lm-small choose
     python evidence/learned_optimizer/meta_train.py lm-small ship
     python evidence/learned_optimizer/meta_train.py metz19 first --seed 0       # and 1, and 2
@@ -133,18 +135,15 @@ def choose(name: str) -> None:
     """Compare what was made on the validation tasks at 200 and 2,000 steps, and in wide networks, under the guard."""
     made = [RUNS / f"{name}_{candidate}.json" for candidate in CONFIG[name]["candidates"]]
     for guard in CONFIG[name]["guards"]:
-        short, long = validate.LENGTHS
-        own, wide = (
-            validate.compare(tasks, made, guard, steps)
-            for tasks, steps in ((validate.tasks(), long), (validate.wide_tasks(), short))
-        )
+        own = validate.compare(validate.tasks(), made, guard, validate.LONG)
+        wide = validate.compare(validate.wide_tasks(), made, guard, validate.WIDE)
         for path, rows, wide_rows in zip(made, own, wide, strict=True):
             place = {"weights": path.stem, **guard, **spent(path)}
-            means = {column: validate.overall(rows, column) for column in (f"mean_{short}", f"mean_{long}", "last")}
-            means |= {"wide": validate.overall(wide_rows, f"mean_{short}")}
+            means = {f"mean_{validate.SHORT}": validate.overall(rows, "first")}
+            means |= {f"mean_{validate.LONG}": validate.overall(rows, "mean"), "last": validate.overall(rows, "last")}
+            means |= {"wide": validate.overall(wide_rows, "mean")}
             validate.write(CHOICE, [place | {column: f"{value:.4f}" for column, value in means.items()}])
-            tasks = [place | row for row in rows] + [place | {**row, f"mean_{long}": ""} for row in wide_rows]
-            validate.write(CHOICE.with_stem("choice_tasks"), tasks)
+            validate.write(CHOICE.with_stem("choice_tasks"), [place | row for row in rows + wide_rows])
             print(place, means, flush=True)
 
 
@@ -171,7 +170,7 @@ def before(name: str, stage: str, seed: Any) -> Any:
 
 
 def chosen(name: str) -> dict[str, str]:
-    """Return the row of the least product of the three means: 200 and 2,000 steps, and wide networks."""
+    """Return the row of the least product of three means: of 200 steps, of 2,000, and in wide networks."""
     own = [row for row in csv.DictReader(CHOICE.open()) if row["weights"].startswith(f"{name}_")]
     return min(own, key=lambda row: float(row["mean_200"]) * float(row["mean_2000"]) * float(row["wide"]))
 

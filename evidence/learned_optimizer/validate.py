@@ -21,7 +21,7 @@ from lightning_methods.learned_optimizer.seeding import seed_of
 from lightning_methods.learned_optimizer.weights import load_weights
 
 HERE = Path(__file__).parent
-LENGTHS = (200, 2000)
+SHORT, LONG, WIDE = 200, 2000, 100  # steps; wide networks are slow
 SEEDS = 2
 CLIP = 5.0
 DIGITS, SYNTHETIC = (1, 5, 7, 8), (2, 5, 7, 9)  # draws, and sets; of each kind small and large ones
@@ -66,7 +66,7 @@ def curves(task: ModuleTask, weights: Sequence[Path | str], guard: dict[str, int
 def compare(
     given: Sequence[ModuleTask], weights: Sequence[Path | str], guard: dict[str, int], steps: int
 ) -> list[list[dict[str, Any]]]:
-    """Return for each of the weights a row a task: mean losses at every length, and the last tenth's.
+    """Return for each of the weights a row a task: mean losses of the first 200 steps, of all, and of the last tenth.
 
     Args:
         given: tasks.
@@ -77,8 +77,8 @@ def compare(
     found: list[list[dict[str, Any]]] = [[] for _ in weights]
     for task in given:
         for rows, own in zip(found, curves(task, weights, guard, steps), strict=True):
-            row = {"task": task.name, **{f"mean_{n}": float(own[:, :n].mean()) for n in LENGTHS if n <= steps}}
-            rows.append({**row, "last": float(own[:, -steps // 10 :].mean())})
+            parts = {"first": own[:, :SHORT], "mean": own, "last": own[:, -steps // 10 :]}
+            rows.append({"task": task.name, "steps": steps, **{k: float(v.mean()) for k, v in parts.items()}})
     return found
 
 
@@ -88,9 +88,15 @@ def overall(rows: list[dict[str, Any]], column: str) -> float:
 
 
 def write(target: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows."""
+    """Append rows.
+
+    Raises:
+        ValueError: if the file has other columns.
+    """
     new = not target.is_file()
     target.parent.mkdir(exist_ok=True)
+    if not new and next(csv.reader(target.open())) != list(rows[0]):
+        raise ValueError(f"{target} has other columns than {list(rows[0])}. Move it away.")
     with target.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         if new:

@@ -123,7 +123,7 @@ def transition(
         ShapeMismatch: as `lazy_random_walk`.
     """
     check_choice("normalization", normalization, ("column", "row", "symmetric"))
-    edge_index, size = _checked_edges(edge_index, num_nodes)
+    edge_index, size = checked_edges(edge_index, num_nodes)
     weight = _checked_weights(edge_weight, edge_index, dtype)
     kept = weight != 0
     if remove_self_loops:
@@ -292,7 +292,13 @@ def scatter(x: Tensor, paths: list[Path], bank: Callable[[Tensor], Iterator[tupl
 # -- edges -------------------------------------------------------------------------------------------------------------
 
 
-def _checked_edges(edge_index: Tensor, num_nodes: int | None) -> tuple[Tensor, int]:
+def checked_edges(edge_index: Tensor, num_nodes: int | None) -> tuple[Tensor, int]:
+    """Return the edges as int64, and the number of nodes.
+
+    Raises:
+        InvalidArgument: if they are no indices, or leave the nodes.
+        ShapeMismatch: if the shape is not `(2, E)`.
+    """
     if edge_index.ndim != 2 or edge_index.shape[0] != 2:
         raise ShapeMismatch(f"edge_index has the shape {tuple(edge_index.shape)}; (2, E) is needed.")
     if edge_index.is_floating_point() or edge_index.is_complex() or edge_index.dtype == torch.bool:

@@ -17,6 +17,7 @@ from lightning_methods.errors import BatchFormat, InvalidArgument, LightningMeth
 from lightning_methods.geometric_scattering.functional import (
     Isolated,
     Normalization,
+    checked_edges,
     fixed_signals,
     lazy_matrix,
     scattering_coefficients,
@@ -437,20 +438,31 @@ def _grouped(dataset: Iterable[Any], batch_nodes: int) -> Iterator[tuple[list[An
 def _joined(graphs: list[Any], counts: list[int], names: list[str]) -> dict[str, Any]:
     """Return what a batch of graphs holds of edges and named attributes; PyG's own takes three times as long."""
     edges = [edges_of(graph) for graph in graphs]
-    sizes = torch.tensor(counts, device=edges[0].device)
+    for e in edges:
+        if e.shape[:-1] != (2,) or e.dtype != torch.int64:
+            checked_edges(e, None)
+    joined, lengths = torch.cat(edges, 1).long(), [e.shape[1] for e in edges]
+    sizes, own = torch.tensor([counts, lengths], device=joined.device)
     ptr = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    lengths = torch.tensor([e.shape[1] for e in edges], device=sizes.device)
-    first = torch.repeat_interleave(ptr[:-1], lengths, output_size=sum(e.shape[1] for e in edges))
     batch = torch.arange(len(graphs), device=sizes.device).repeat_interleave(sizes, output_size=sum(counts))
-    found: dict[str, Any] = {"edge_index": torch.cat(edges, 1) + first, "ptr": ptr, "batch": batch}
+    first, most = torch.stack([ptr[:-1], sizes]).repeat_interleave(own, 1, output_size=sum(lengths))
+    if bool(((joined < 0) | (joined >= most)).any()):
+        for e, count in zip(edges, counts, strict=True):
+            checked_edges(e, count)
+    found: dict[str, Any] = {"edge_index": joined + first, "ptr": ptr, "batch": batch, "num_nodes": sum(counts)}
     for name in names:
         parts = [value for graph in graphs if (value := getattr(graph, name, None)) is not None]
-        if parts and (len(parts) < len(graphs) or len({part.shape[1:] for part in parts}) > 1):
+        if not parts:
+            continue
+        if len(parts) < len(graphs) or len({part.shape[1:] for part in parts}) > 1:
             forms = sorted({str(tuple(part.shape[1:])) for part in parts})
             raise BatchFormat(
                 f"{len(parts)} of {len(graphs)} graphs have {name}, each row of the shape {' or '.join(forms)}; all of "
                 f"them with one shape, or none, are needed."
             )
-        if parts:
-            found[name] = torch.cat(parts)
-    return {**found, "num_nodes": sum(counts)}
+        rows = [len(part) for part in parts]
+        if rows != (wanted := counts if name == "x" else lengths):
+            g = next(i for i, (a, b) in enumerate(zip(rows, wanted, strict=True)) if a != b)
+            raise BatchFormat(f"Graph {g} has {rows[g]} rows of {name}, and {wanted[g]} are needed.")
+        found[name] = torch.cat(parts)
+    return found

@@ -16,12 +16,18 @@ CHUNK = 10240
 
 
 class Entry(NamedTuple):
-    """A parameter, its gradient, its state, and the share of the learned step; the rest is Adam's."""
+    """A parameter, its gradient, and its state.
+
+    Attributes:
+        share: of the learned step; the rest is Adam's.
+        age: updates of Adam's second moment, this one included; 0 where it has not begun.
+    """
 
     parameter: Tensor
     gradient: Tensor
     state: dict[str, Tensor]
     share: float = 1.0
+    age: int = 0
 
     def in_memory_order(self) -> Entry:
         """Return it with its dimensions from the slowest to the fastest in the parameter's memory."""
@@ -30,7 +36,7 @@ class Entry(NamedTuple):
         order = memory_order(self.parameter)
         orders = {"momenta": [0, *(i + 1 for i in order)], "second_moment": order}
         state = {name: x.permute(orders[name]) for name, x in self._moved}
-        return Entry(self.parameter.permute(order), self.gradient.permute(order), state, self.share)
+        return Entry(self.parameter.permute(order), self.gradient.permute(order), state, self.share, self.age)
 
     def is_flat(self) -> bool:
         """Tell whether all of it flattens without a copy."""
@@ -39,7 +45,7 @@ class Entry(NamedTuple):
     def flat(self) -> Entry:
         """Return it, with copies of what does not flatten by itself."""
         state = {name: x.contiguous() for name, x in self._moved}
-        return Entry(self.parameter.contiguous(), self.gradient.contiguous(), state, self.share)
+        return Entry(self.parameter.contiguous(), self.gradient.contiguous(), state, self.share, self.age)
 
     def take(self, other: Entry) -> None:
         """Copy the parameter and the state of another."""
@@ -94,16 +100,16 @@ class Chunk(NamedTuple):
     Attributes:
         tensors: indices of the tensors.
         lengths: elements of each run.
-        shares: of the learned step in each.
+        mixes: share of the learned step in each, and the age of Adam's second moment.
         parameters: `(n,)` each.
         gradients: `(n,)`.
         momenta: `(6, n)`.
-        seconds: Adam's second moments `(n,)`, where there are any.
+        seconds: Adam's second moments `(n,)`, of those that have any age.
     """
 
     tensors: list[int]
     lengths: list[int]
-    shares: list[float]
+    mixes: list[tuple[float, int]]
     parameters: list[Tensor]
     gradients: list[Tensor]
     momenta: list[Tensor]
@@ -123,22 +129,27 @@ def chunks_of(entries: Sequence[Entry], most: int) -> list[Chunk]:
     """
     found = cuts(tuple([e.parameter.numel() for e in entries]), most)
 
-    views = (
-        _runs([e.parameter.view(-1) for e in entries], found),
-        _runs([e.gradient.view(-1) for e in entries], found),
-        _runs([e.state["momenta"].view(len(DECAYS), -1) for e in entries], found),
-        _runs([e.state["second_moment"].view(-1) for e in entries if "second_moment" in e.state], found),
+    parameters = _runs([e.parameter.view(-1) for e in entries], found)
+    gradients = _runs([e.gradient.view(-1) for e in entries], found)
+    momenta = _runs([e.state["momenta"].view(len(DECAYS), -1) for e in entries], found)
+    seconds = iter(
+        run
+        for e, lengths in zip(entries, found.runs, strict=True)
+        if e.age
+        for run in e.state["second_moment"].view(-1).split(lengths)
     )
     chunks, end = [], 0
     for tensors, lengths in found.chunks:
-        begin, end = end, end + len(tensors)
-        chunks.append(Chunk(tensors, lengths, [entries[i].share for i in tensors], *(x[begin:end] for x in views)))
+        own, end = slice(end, end + len(tensors)), end + len(tensors)
+        mixes = [(entries[i].share, entries[i].age) for i in tensors]
+        moments = [next(seconds) for _, age in mixes if age]
+        chunks.append(Chunk(tensors, lengths, mixes, parameters[own], gradients[own], momenta[own], moments))
     return chunks
 
 
 def _runs(tensors: list[Tensor], found: Cuts) -> list[Tensor]:
     runs: list[Tensor] = []
-    for x, lengths in zip(tensors, found.runs, strict=False):  # of second moments there may be none
+    for x, lengths in zip(tensors, found.runs, strict=True):
         runs += x.split(lengths, -1) if len(lengths) > 1 else [x]
     return runs
 

@@ -111,10 +111,10 @@ class _Work:
     def apply(self, own: Slice, step: Tensor) -> None:
         settings, part = self.settings, self.parameter.narrow(*own)
         step = step.mul_(settings.size).clamp_(-settings.limit, settings.limit).view(part.shape)
-        if settings.adam_lr is not None:
+        if self.entry.age:
             momentum, share = self.state["momentum"][0].narrow(*own), self.entry.share
             second = self.entry.state["second_moment"].view(self.parameter.shape).narrow(*own)
-            ratio, moved = adam_direction(momentum, self.gradient(own), second, settings.time + 1)
+            ratio, moved = adam_direction(momentum, self.gradient(own), second, settings.time + 1, self.entry.age)
             second.copy_(moved)
             step = step.mul_(share).add_(ratio, alpha=(1 - share) * settings.adam_lr)
         part.sub_(step)

@@ -32,14 +32,14 @@ class Settings:
         time: number of updates before this one, as the network is told.
         size: factor of the learned step.
         gradient: factor of the gradients, negative to maximise.
-        adam_lr: learning rate of Adam's part of the step, None where there is none.
+        adam_lr: learning rate of Adam's part of the step.
         limit: largest learned step of an element.
     """
 
     time: int
     size: float
     gradient: float = 1.0
-    adam_lr: float | None = None
+    adam_lr: float = 0.0
     limit: float = math.inf
 
 
@@ -212,22 +212,25 @@ class Engine(Network):
         if settings.limit < math.inf and factor:
             bound = settings.limit / abs(factor)
             step.clamp_(-bound, bound)
-        if settings.adam_lr is not None:
-            self._mix(chunk, step, factor, settings.adam_lr, 1 - ADAM[0] ** (settings.time + 1))
+        if chunk.seconds:
+            self._mix(chunk, step, factor, settings)
             factor = 1.0
         torch._foreach_sub_(chunk.parameters, chunk.split(step), alpha=factor)
 
-    def _mix(self, chunk: Chunk, step: Tensor, factor: float, adam_lr: float, correction: float) -> None:
+    def _mix(self, chunk: Chunk, step: Tensor, factor: float, settings: Settings) -> None:
         """Make it the learned step and Adam's, as the shares say: `adam_direction` in few passes over memory."""
-        v = self.views(sum(chunk.lengths))
-        ratio, momentum = v.rows[1], v.momenta[DECAYS.index(0.9)]
-        runs = list(zip(chunk.shares, chunk.split(step), chunk.split(ratio), strict=True))
-        for (_, _, root), gradient, second in zip(runs, chunk.split(v.gradient), chunk.seconds, strict=True):
-            second.mul_(ADAM[1]).addcmul_(gradient, gradient, value=1 - ADAM[1])
-            torch.sqrt(second, out=root)
+        v, correction = self.views(sum(chunk.lengths)), 1 - ADAM[0] ** (settings.time + 1)
+        ratio, momentum, seconds = v.rows[1], v.momenta[DECAYS.index(0.9)], iter(chunk.seconds)
+        runs = list(zip(chunk.mixes, chunk.split(step), chunk.split(ratio), strict=True))
+        for ((_, age), _, root), gradient in zip(runs, chunk.split(v.gradient), strict=True):
+            if not age:
+                root.fill_(1.0)
+                continue
+            second = next(seconds).mul_(ADAM[1]).addcmul_(gradient, gradient, value=1 - ADAM[1])
+            torch.mul(second, 1 / (1 - ADAM[1] ** age), out=root).sqrt_()
         torch.div(momentum, ratio.add_(1e-8), out=ratio).clamp_(-correction, correction)
-        for share, learned, adam in runs:
-            learned.mul_(share * factor).add_(adam, alpha=(1 - share) * adam_lr / correction)
+        for (share, _), learned, adam in runs:
+            learned.mul_(share * factor).add_(adam, alpha=(1 - share) * settings.adam_lr / correction)
 
     # -- normalised steps --------------------------------------------------------------------------------------------
 
@@ -260,7 +263,7 @@ class Engine(Network):
                 u = self._moved(chunk, first, scale, settings.gradient)
             else:
                 u = kept.pop(i)
-                if settings.adam_lr is not None:
+                if chunk.seconds:
                     self._fill(chunk, settings.gradient)  # Adam's part is of the gradient
             torch._foreach_mul_(chunk.split(u), [size[tensor] for tensor in chunk.tensors])
             self._apply(chunk, u, settings.size, settings)

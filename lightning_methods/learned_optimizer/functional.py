@@ -149,30 +149,35 @@ def unit_scale(mean_square: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(mean_square + eps)
 
 
-def adam_direction(momentum: Tensor, gradient: Tensor, second: Tensor, updates: int) -> tuple[Tensor, Tensor]:
+def adam_direction(
+    momentum: Tensor, gradient: Tensor, second: Tensor, updates: int, age: Tensor | int
+) -> tuple[Tensor, Tensor]:
     r"""Return Adam's direction, and its second moment moved on.
 
-    .. math:: \mathrm{clip}\Big(\frac{m / (1 - 0.9^{n})}{\sqrt{v} + 10^{-8}}, -1, 1\Big)
+    .. math:: \mathrm{clip}\Big(\frac{m / (1 - 0.9^{n})}{\sqrt{v / (1 - 0.999^{a})} + 10^{-8}}, -1, 1\Big)
 
-    The second moment :math:`v` (decay 0.999) starts with the first square rather than at zero, and a ratio counts as at
-    most one, since the momentum may be older.
+    A ratio counts as at most one, since the momentum may be older than the second moment (decay 0.999).
 
     Shapes:
-        all the same.
+        all the same; the age may be a number.
 
     Args:
         momentum: of decay 0.9, with this gradient in it.
         gradient: of this update.
-        second: before it; the square of this gradient at first.
+        second: before it, zeros at first.
         updates: that the momentum has seen.
+        age: updates of the second moment, this one included; where it is 0 the second moment has not begun.
 
     Example:
-        >>> adam_direction(torch.tensor([0.1]), torch.ones(1), torch.ones(1), 1)
-        (tensor([1.]), tensor([1.]))
+        >>> adam_direction(torch.tensor([0.1]), torch.ones(1), torch.zeros(1), 1, 1)[0]
+        tensor([1.0000])
     """
-    second = second * ADAM[1] + gradient.square() * (1 - ADAM[1])
+    age = torch.as_tensor(age, dtype=second.dtype, device=second.device)
+    begun = age > 0
+    second = torch.where(begun, second * ADAM[1] + gradient.square() * (1 - ADAM[1]), second)
+    corrected = second / torch.where(begun, 1 - ADAM[1] ** age, 1.0)
     # the root of zero has no derivative
-    root = torch.where(second > 0, second, 1.0).sqrt() * (second > 0) if second.requires_grad else second.sqrt()
+    root = torch.where(second > 0, corrected, 1.0).sqrt() * (second > 0) if second.requires_grad else corrected.sqrt()
     return (momentum / (1 - ADAM[0] ** updates) / (root + 1e-8)).clamp(-1, 1), second
 
 

@@ -75,14 +75,15 @@ class FusedEngine(Engine):
         grid, types["BLOCK"] = (len(blocks),), own.BLOCK
         own.advance[grid](table, blocks, self._decays, squares, settings.gradient, **types)
         bias = self._bias + time_features(settings.time, dtype=torch.float64) @ self._times
-        shares = torch.tensor([e.share for e in entries], dtype=torch.float64)
-        bias, shares = torch.cat([bias, shares]).to(self.like).split([a.hidden_size, count])
+        mixes = [x for e in entries for x in (e.share, 1 / (1 - ADAM[1] ** e.age) if e.age else 1.0)]
+        moved = torch.cat([bias, torch.tensor(mixes, dtype=torch.float64)]).to(self.like)
+        bias, shares = moved.split([a.hidden_size, 2 * count])
         network = (self._first, self._signals, bias, self.last, shares)
-        adam = (settings.adam_lr or 0.0, 1 / (1 - ADAM[0] ** (settings.time + 1)))
+        adam = (settings.adam_lr, 1 / (1 - ADAM[0] ** (settings.time + 1)))
         numbers = (settings.gradient, a.step_mult * settings.size, settings.limit, a.eps, *adam)
         arguments = (table, blocks, squares, totals, *network, *numbers)
         form = types | {"H": a.hidden_size, "SIGNAL": a.features == "signal", "NORMALIZE": a.normalize_step}
-        form["ADAM"] = settings.adam_lr is not None
+        form["ADAM"] = any(e.age for e in entries)
         if a.normalize_step:
             own.move[grid](*arguments, ADD=True, **form)
         own.move[grid](*arguments, ADD=False, **form)
@@ -90,8 +91,8 @@ class FusedEngine(Engine):
     def _addresses(self, entries: Sequence[Entry]) -> Tensor:
         """Return where parameter, gradient and momenta of each tensor are, its size, and where Adam's moment is."""
         table = []
-        for p, g, state, _ in entries:
-            second = state["second_moment"].data_ptr() if "second_moment" in state else 0
+        for p, g, state, _, age in entries:
+            second = state["second_moment"].data_ptr() if age else 0
             table.append([p.data_ptr(), g.data_ptr(), state["momenta"].data_ptr(), p.numel(), second])
         if self._table is None or self._table[0] != table:
             self._table = table, torch.tensor(table, dtype=torch.int64, device=self.like.device)

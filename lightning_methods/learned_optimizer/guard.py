@@ -18,6 +18,9 @@ _LEAST = 1 / 16
 def inputs_of(shape: Sequence[int]) -> int:
     """Return how many inputs a unit has of which this is the weight; a bias, or a scale, has one.
 
+    It is the product of all dimensions but the first, also of embeddings and positions, which a shape does not tell
+    from weights.
+
     Example:
         >>> inputs_of((16, 8, 3, 3)), inputs_of((16,))
         (72, 1)

@@ -106,7 +106,7 @@ def move(
 
     Shapes:
         sums `(K, 8)` and totals `(K, 2)`, float64; first and signals `(H, 8)`, bias `(H,)`, last `(outputs, H + 1)`,
-        shares `(K,)`.
+        shares `(K, 2)`: of the learned step, and what corrects Adam's second moment.
     """
     tensor, at, numel, row = _place(table, blocks, BLOCK)
     mask = at < numel
@@ -166,11 +166,12 @@ def move(
         step = tl.maximum(step * size, -limit, propagate_nan=ALL)
         step = tl.minimum(step, limit, propagate_nan=ALL)
         if ADAM:
+            share = tl.zeros([BLOCK], tl.float32) + tl.load(shares + 2 * tensor)
+            corrected, own = tl.load(shares + 2 * tensor + 1), mask & (share < 1)
             seconds = tl.load(row + 4).to(tl.pointer_type(tl.float32)) + at
-            second = tl.load(seconds, mask, other=0.0) * 0.999 + gradient * gradient * 0.001
-            tl.store(seconds, second, mask)
-            ratio = tl.load(momenta + 2 * numel, mask, other=0.0) * correction / (tl.sqrt(second) + 1e-8)
+            second = tl.load(seconds, own, other=0.0) * 0.999 + gradient * gradient * 0.001
+            tl.store(seconds, second, own)
+            ratio = tl.load(momenta + 2 * numel, mask, other=0.0) * correction / (tl.sqrt(second * corrected) + 1e-8)
             ratio = tl.minimum(tl.maximum(ratio, -1.0, propagate_nan=ALL), 1.0, propagate_nan=ALL)
-            share = tl.load(shares + tensor)
             step = step * share + ratio * (1 - share) * adam_lr
         tl.store(parameters, (parameter - step).to(P), mask)

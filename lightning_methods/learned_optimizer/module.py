@@ -344,7 +344,8 @@ class MetaTraining(OneFamily, LightningModule):
         pairs = [seed_of("evaluation", i) for i in range(seeds or self.eval_seeds)]
         # inner gradients are needed, which the Trainer's inference mode would not give
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            problem = InnerTraining(self.architecture, task.sample(pairs[0]), **self.inner)
+            width = self.widest or None if self.clock else None  # beyond it the guard acts, where it is a part at all
+            problem = InnerTraining(self.architecture, task.sample(pairs[0]), **self.inner, width=width)
             theta = self._precise.expand(2 * len(pairs), -1)
             state = problem.begin(theta, pairs)
             losses, _ = problem.unroll(theta, state, 0, steps or self.eval_steps, pairs, differentiable=False)
@@ -353,6 +354,9 @@ class MetaTraining(OneFamily, LightningModule):
 
     def export(self, path: str | Path, **card: Any) -> Path:
         """Write the weights to a file that `LearnedOptimizer` loads.
+
+        The card says the longest inner training (`horizon`) and the most inputs of a unit (`width`) that there were:
+        beyond them the guard of `LearnedOptimizer` hands over to Adam.
 
         Args:
             path: with the ending `.json`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +58,7 @@ class LearnedOptimizer(Optimizer):
         maximize: whether to go uphill.
         nonfinite: what to do with gradients that are not finite: `"skip"` the step (counted in `skipped_steps`),
             `"zero"` those elements, `"raise"`, or `"propagate"` them.
-        guard: see above. State is six floats a parameter, and a seventh where Adam has a share.
+        guard: see above. State is six floats a parameter, and a seventh once Adam has a share of its step.
         guard_lr: learning rate of the Adam step that is fallen back to, times `lr`: at first, see above.
         features, hidden_size, hidden_layers: what the weights must be, where that is to be checked.
 
@@ -124,13 +124,10 @@ class LearnedOptimizer(Optimizer):
 
     @property
     def learned_share(self) -> float:
-        """Share of the learned step in the last one, mean over the elements; the rest is Adam's."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        count = sum(p.numel() for p in params)
-        return sum(self._share(max(self._steps_of(p) - 1, 0), p) * p.numel() for p in params) / max(count, 1)
-
-    def _steps_of(self, p: Tensor) -> int:
-        return int(self.state[p]["step"]) if p in self.state else 0
+        """Share of the learned step in the last one, mean over the elements that took one; the rest is Adam's."""
+        trained = [(int(state["step"]), p) for p, state in self.state.items() if state.get("step", 0) > 0]
+        total = sum(self._share(step - 1, p) * p.numel() for step, p in trained)
+        return total / sum(p.numel() for _, p in trained) if trained else 1.0
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -205,8 +202,8 @@ class LearnedOptimizer(Optimizer):
             together.setdefault((t, p.dtype, p.device, entry.gradient.dtype), []).append(entry)
         torch._foreach_add_(steps, 1)
         for (t, *_), own in together.items():
-            own = [e._replace(share=self._share(t, e.parameter)) for e in own]
-            settings, network = self._settings(t, lr, factor, own), self._network(own[0].parameter)
+            own = [self._shared(t, e) for e in own]
+            settings, network = self._settings(t, lr, factor), self._network(own[0].parameter)
             if isinstance(network, Engine):
                 network.update(own, settings, total)
                 continue
@@ -219,18 +216,24 @@ class LearnedOptimizer(Optimizer):
             return 1.0
         return self.guard.share(t, self.weights.clock, inputs_of(p.shape), self.weights.width)
 
-    def _settings(self, t: int, lr: float, factor: float, entries: Sequence[Entry]) -> Settings:
-        """Return what holds for these tensors; where any of them has a part of Adam's step, all have its moments."""
+    def _shared(self, t: int, entry: Entry) -> Entry:
+        """Return it with the share of the learned step; where that is not all, Adam's second moment begins."""
+        share = self._share(t, entry.parameter)
+        if share == 1:
+            return entry
+        p, state = entry.parameter, entry.state
+        if "adam_step" not in state:
+            state["second_moment"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            state["adam_step"] = torch.zeros((), dtype=torch.int64)
+        state["adam_step"] += 1
+        return entry._replace(share=share, age=int(state["adam_step"]))
+
+    def _settings(self, t: int, lr: float, factor: float) -> Settings:
         if self.guard is None:
             return Settings(t, lr, factor)
-        time, limit = min(t, self.weights.clock or t), self.guard.step_limit * lr
-        if all(e.share == 1 for e in entries):
-            return Settings(time, lr, factor, limit=limit)
-        for p, gradient, state, _ in entries:
-            if "second_moment" not in state:
-                square = torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-                state["second_moment"] = square.copy_(gradient).mul_(factor).square_()
-        return Settings(time, lr, factor, self.guard.adam_lr(t, self.weights.clock) * lr, limit)
+        clock = self.weights.clock
+        adam_lr = self.guard.adam_lr(t, clock) * lr
+        return Settings(min(t, clock or t), lr, factor, adam_lr, self.guard.step_limit * lr)
 
     def _network(self, p: Tensor) -> Network:
         key = (torch.promote_types(p.dtype, torch.float32), p.device)
@@ -327,7 +330,7 @@ class LearnedOptimizer(Optimizer):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for key, p in zip(saved, params, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
-                where = "cpu" if name == "step" else p.device
+                where = "cpu" if name in ("step", "adam_step") else p.device
                 self.state[p][name] = value.detach().clone().to(where)
         self.skipped_steps = own["skipped_steps"]
         if self.guard is not None and own["guard"] is not None:

@@ -59,7 +59,7 @@ class UnrolledOptimizer:
         shapes: of the tensors of one particle.
         clock: where the guard of `LearnedOptimizer` lets time stand still and begins to hand over to Adam; its limit of
             a step holds too. None for the learned steps as they are. (What it does where the loss rises is no part.)
-        width: inputs of a unit beyond which it does so from the start, where there is a clock.
+        width: inputs of a unit beyond which Adam has a part from the start.
 
     Example:
         >>> form = UnrolledOptimizer(Architecture(), [(2, 3), (3,)])
@@ -132,7 +132,7 @@ class UnrolledOptimizer:
             update = update * (size @ member.T)
         else:
             update = update * a.step_mult
-        if self.clock:
+        if self.clock or self.width:
             update, second = self._guarded(update, inputs, second, t)
             state = state if second is None else {**state, "second": second}
         moved = (flat - update).split(self.sizes, 1)
@@ -142,13 +142,17 @@ class UnrolledOptimizer:
         """Return the update as the guard of `LearnedOptimizer` lets it be while the loss does not rise."""
         guard = self.guard
         update = update.clamp(-guard.step_limit, guard.step_limit)
-        shares = [guard.share(t, self.clock, inputs_of(shape), self.width) for shape in self.shapes]
+        inputs_of_units = [inputs_of(shape) for shape in self.shapes]
+        shares = [guard.share(t, self.clock, n, self.width) for n in inputs_of_units]
         if all(share == 1 for share in shares):
             return update, second
-        share = self.member.to(update) @ torch.tensor(shares, dtype=update.dtype, device=update.device)
+        wide = [bool(self.width) and n > (self.width or 0) for n in inputs_of_units]
+        ages = [t + 1 if own else max(t - (self.clock or t), 0) for own in wide]
+        mixes = torch.tensor([shares, ages], dtype=update.dtype, device=update.device)
+        share, age = mixes @ self.member.to(update).T
         gradient, momentum = inputs[:, 0], inputs[:, self.architecture.momentum]
-        second = gradient.square() if second is None else second
-        ratio, second = adam_direction(momentum, gradient, second, min(t, self.clock or t) + 1)
+        second = torch.zeros_like(gradient) if second is None else second
+        ratio, second = adam_direction(momentum, gradient, second, min(t, self.clock or t) + 1, age)
         return share * update + (1 - share) * guard.adam_lr(t, self.clock) * ratio, second
 
     def _squares(self, inputs: Tensor) -> Tensor:

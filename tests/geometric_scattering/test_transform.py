@@ -10,7 +10,7 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.loader import DataLoader
 from torch_geometric.transforms import Compose
 
-from lightning_methods.errors import BatchFormat, InvalidArgument, LightningMethodsWarning
+from lightning_methods.errors import BatchFormat, InvalidArgument, LightningMethodsWarning, ShapeMismatch
 from lightning_methods.geometric_scattering import (
     ClusteringCoefficient,
     Eccentricity,
@@ -193,6 +193,15 @@ def test_signals_that_are_not_finite(bad):
         GeometricScattering()(graph)
 
 
+def whole_set(graph, **changed):
+    """Return the features of a changed graph with one that is as it was."""
+    wrong = graph.clone()
+    for name, value in changed.items():
+        wrong[name] = value
+    wrong.num_nodes = 4
+    return GeometricScattering().dataset_features([wrong, graph])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
@@ -221,6 +230,12 @@ def test_signals_that_are_not_finite(bad):
             BatchFormat,
             r"\(2,\) or \(3,\)",
         ),
+        (lambda g: whole_set(g, edge_index=g.edge_index + 1), InvalidArgument, "there are 4 nodes"),
+        (lambda g: whole_set(g, edge_index=g.edge_index - 1), InvalidArgument, "-1 to 2"),
+        (lambda g: whole_set(g, edge_index=g.edge_index > 0), InvalidArgument, "torch.bool"),
+        (lambda g: whole_set(g, edge_index=g.edge_index[:1]), ShapeMismatch, r"\(2, E\)"),
+        (lambda g: whole_set(g, x=torch.rand(3, 2)), BatchFormat, "Graph 0 has 3 rows of x, and 4"),
+        (lambda g: whole_set(g, edge_weight=torch.rand(2)), BatchFormat, "1 of 2 graphs have edge_weight"),
         (
             lambda g: GeometricScattering()(Data(edge_index=g.edge_index, x=torch.rand(2, 1))),
             InvalidArgument,

@@ -52,6 +52,16 @@ def run(params, steps=3, scale=1.0, **settings):
     return optimizer
 
 
+def in_layouts(params):
+    """Return the parameters, one channels-last, one transposed, and one with gaps in memory."""
+    changed = list(params)
+    changed[3] = nn.Parameter(params[3].detach().to(memory_format=torch.channels_last))
+    changed[2] = nn.Parameter(params[2].detach().T.contiguous().T)
+    gaps = params[8].new_zeros(20, 600)[:, ::2]
+    changed[8] = nn.Parameter(gaps.copy_(params[8].detach()))
+    return changed
+
+
 def difference(a, b):
     return max(
         (float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0
@@ -89,18 +99,25 @@ def test_the_fast_step_is_the_differentiable_one(features, layers, normalize):
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("features", ["paper", "signal", "small_fc"])
-def test_the_differentiable_step_has_the_guards_clock_and_limit(features, normalize):
-    weights = made_weights(clock=2, features=features, normalize_step=normalize, hidden_size=8, step_mult=0.3)
-    params = made_params(torch.float64)
-    form = UnrolledOptimizer(weights.architecture, SHAPES, clock=2)
+@pytest.mark.parametrize(("clock", "width"), [(2, None), (2, 50), (None, 50)])
+def test_the_differentiable_step_has_the_guards_limits(monkeypatch, features, normalize, clock, width):
+    monkeypatch.setattr("lightning_methods.learned_optimizer.factored.CHUNK", 97)
+    monkeypatch.setattr("lightning_methods.learned_optimizer.fast._KEPT_AT_LEAST", 0)  # a part is computed twice
+    monkeypatch.setattr(Engine.__init__, "__defaults__", (997,))
+    own_settings = {"features": features, "normalize_step": normalize, "hidden_size": 8, "step_mult": 0.3}
+    weights = made_weights(clock=clock, width=width, **own_settings)
+    params = in_layouts(made_params(torch.float64))
+    form = UnrolledOptimizer(weights.architecture, SHAPES, clock, width)
     own, theta = [p.detach().clone()[None] for p in params], weights.theta.double()[None]
     state = form.begin(theta, 1)
-    optimizer, largest = LearnedOptimizer(params, weights=weights), 0.0
+    optimizer, largest = LearnedOptimizer(params, weights=weights, max_grad_norm=30.0), 0.0
     for t in range(6):
         before = torch.cat([p.detach().flatten() for p in params])
         give_gradients(params, t)
         optimizer.step()
-        own, state = form.step(theta, own, [p.grad[None] for p in params], state, t)
+        clip = 30.0 / torch.cat([p.grad.flatten() for p in params]).norm()
+        assert clip < 1
+        own, state = form.step(theta, own, [clip * p.grad[None] for p in params], state, t)
         largest = max(largest, float((torch.cat([p.detach().flatten() for p in params]) - before).abs().max()))
     assert largest == pytest.approx(Guard().step_limit)
     assert difference(params, [x[0] for x in own]) < 1e-10
@@ -452,8 +469,45 @@ def test_in_wide_layers_adam_has_a_share_from_the_start(features):
     assert whole.learned_share == 1
     sizes = [12000, 70, 40, 640, 1]
     assert optimizer.learned_share == pytest.approx((6000 + 70 + 40 + 160 + 1) / sum(sizes))
-    assert all("second_moment" in s for s in optimizer.state.values())
+    assert ["second_moment" in s for s in optimizer.state.values()] == [True, False, False, True, False]
     assert not any("second_moment" in s for s in whole.state.values())
+
+
+def test_adams_moment_begins_with_its_share_for_each_tensor_by_itself():
+    def train(shapes, absent, groups):
+        params = made_params(torch.float64, shapes)
+        given = [{"params": [p]} for p in params] if groups else params
+        optimizer = LearnedOptimizer(given, weights=made_weights(clock=4, width=64, hidden_size=8))
+        for t in range(9):
+            give_gradients(params, t)
+            params[-1].grad *= 100.0 if t < 2 else 0.1
+            if t == absent:
+                params[0].grad = None
+            optimizer.step()
+        return params[-1], optimizer.state[params[-1]]
+
+    shapes = [(5, 400), (6, 8)]
+    (together, a), (apart, b), (late, c) = (train(shapes, *x) for x in ((None, False), (None, True), (1, False)))
+    assert difference([together, together], [apart, late]) < 1e-12
+    for state in (a, b, c):
+        assert int(state["adam_step"]) == 4  # the steps past the clock
+        torch.testing.assert_close(state["second_moment"], a["second_moment"], rtol=1e-12, atol=0)
+
+
+def test_adams_part_is_adam_also_after_gradients_of_zero():
+    p, q = nn.Parameter(torch.ones(200, 30)), nn.Parameter(torch.ones(200, 30))
+    optimizer = LearnedOptimizer([p], weights=made_weights(width=1), guard_lr=0.01)
+    optimizer.guard.trust = 1e-9
+    adam = torch.optim.Adam([q], lr=0.01)
+    generator = torch.Generator().manual_seed(0)
+    for t in range(30):
+        g = torch.randn(200, 30, generator=generator) * (t > 2)
+        p.grad, q.grad = g, g.clone()
+        optimizer.step()
+        adam.step()
+    inside = (q - 1).abs() < 0.2
+    assert float((p - q).abs().mean()) < 0.01 * float((q - 1).abs().mean())
+    assert inside.all()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e25])
@@ -513,7 +567,8 @@ def test_weights_and_files(tmp_path):
     assert {"lm-small", "metz19"} <= set(available_weights())
     for name in available_weights():
         weights = load_weights(name)
-        assert weights.horizon >= 100
+        assert weights.horizon >= weights.clock >= 100
+        assert weights.width >= 64
         assert {"tasks", "seed", "made_by", "command"} <= set(weights_card(name))
         again = load_weights(save_weights(tmp_path / f"{name}.json", weights))
         assert torch.equal(again.theta, weights.theta)
