@@ -86,7 +86,7 @@ class Network:
 class _Views:
     """The buffers of a chunk, cut to a length. The last rows of inputs and hidden units are 1, for biases."""
 
-    def __init__(self, rows: Tensor, hidden: list[Tensor], outputs: Tensor, count: int) -> None:
+    def __init__(self, rows: Tensor, hidden: list[Tensor], outputs: Tensor, adam: Tensor, count: int) -> None:
         self.inputs = rows[:, :count]
         self.given = self.inputs[:-1]
         self.gradient, self.parameter, self.momenta = self.inputs[0], self.inputs[1], self.inputs[2:-1]
@@ -94,6 +94,7 @@ class _Views:
         self.hidden = [h[:-1] for h in self.units]
         self.outputs = outputs[:, :count]
         self.rows = self.outputs.unbind()
+        self.momentum, self.adam = self.momenta[DECAYS.index(ADAM[0])], adam[:count]
 
 
 class Engine(Network):
@@ -116,7 +117,7 @@ class Engine(Network):
         width = self.chunk + 48  # rows a power of two apart would share lines of the cache
         self._rows = self.like.new_ones(a.elements + 1, width)
         self._hidden = [self.like.new_ones(a.hidden_size + 1, width) for _ in range(a.hidden_layers)]
-        self._outputs = self.like.new_empty(a.outputs, width)
+        self._outputs, self._ratio = self.like.new_empty(a.outputs, width), self.like.new_empty(width)
         self._views: dict[int, _Views] = {}
 
     def views(self, count: int) -> _Views:
@@ -124,7 +125,7 @@ class Engine(Network):
         if count not in self._views:
             if len(self._views) >= 64:
                 self._views.clear()
-            self._views[count] = _Views(self._rows, self._hidden, self._outputs, count)
+            self._views[count] = _Views(self._rows, self._hidden, self._outputs, self._ratio, count)
         return self._views[count]
 
     def update(self, entries: Sequence[Entry], settings: Settings, numel: int) -> None:
@@ -168,7 +169,7 @@ class Engine(Network):
             return
         factor = self.architecture.step_mult * settings.size
         for chunk in chunks:
-            self._apply(chunk, self._direction(chunk, first, settings.gradient), factor, settings)
+            self._apply(chunk, self._direction(chunk, first, settings), factor, settings)
 
     def _fill(self, chunk: Chunk, factor: float, *, momenta: bool = True) -> _Views:
         v = self.views(sum(chunk.lengths))
@@ -196,9 +197,11 @@ class Engine(Network):
             squares += [run.double().square().sum(1) for run in chunk.split(self._fill(chunk, factor).given)]
         return torch.stack(squares)
 
-    def _direction(self, chunk: Chunk, first: Sequence[Tensor], factor: float) -> Tensor:
-        """Return the step of a chunk before the factor that all share."""
-        v = self._fill(chunk, factor)
+    def _direction(self, chunk: Chunk, first: Sequence[Tensor], settings: Settings, *, last: bool = True) -> Tensor:
+        """Return the step of a chunk before the factor that all share, and write Adam's the last time."""
+        v = self._fill(chunk, settings.gradient)
+        if last and chunk.seconds:
+            self._adam(chunk, settings)
         for tensor, x, out in zip(chunk.tensors, chunk.split(v.inputs), chunk.split(v.hidden[0]), strict=True):
             torch.mm(first[tensor], x, out=out)
         v.hidden[0].relu_()
@@ -217,20 +220,24 @@ class Engine(Network):
             factor = 1.0
         torch._foreach_sub_(chunk.parameters, chunk.split(step), alpha=factor)
 
+    def _adam(self, chunk: Chunk, settings: Settings) -> None:
+        """Move Adam's second moments on, and write its direction: `adam_direction` in few passes over memory."""
+        v, seconds = self.views(sum(chunk.lengths)), iter(chunk.seconds)
+        runs = zip(chunk.mixes, *(chunk.split(x) for x in (v.adam, v.gradient, v.momentum)), strict=True)
+        for (_, age), out, gradient, momentum in runs:
+            if age:
+                second = next(seconds).mul_(ADAM[1]).addcmul_(gradient, gradient, value=1 - ADAM[1])
+                # numbers instead of passes: what corrects the root goes into all that the root is compared with
+                bound, late = _bound(settings.time, age)
+                torch.div(momentum, torch.sqrt(second, out=out).add_(1e-8 * late), out=out).clamp_(-bound, bound)
+
     def _mix(self, chunk: Chunk, step: Tensor, factor: float, settings: Settings) -> None:
-        """Make it the learned step and Adam's, as the shares say: `adam_direction` in few passes over memory."""
-        v, correction = self.views(sum(chunk.lengths)), 1 - ADAM[0] ** (settings.time + 1)
-        ratio, momentum, seconds = v.rows[1], v.momenta[DECAYS.index(0.9)], iter(chunk.seconds)
-        runs = list(zip(chunk.mixes, chunk.split(step), chunk.split(ratio), strict=True))
-        for ((_, age), _, root), gradient in zip(runs, chunk.split(v.gradient), strict=True):
-            if not age:
-                root.fill_(1.0)
-                continue
-            second = next(seconds).mul_(ADAM[1]).addcmul_(gradient, gradient, value=1 - ADAM[1])
-            torch.mul(second, 1 / (1 - ADAM[1] ** age), out=root).sqrt_()
-        torch.div(momentum, ratio.add_(1e-8), out=ratio).clamp_(-correction, correction)
-        for (share, _), learned, adam in runs:
-            learned.mul_(share * factor).add_(adam, alpha=(1 - share) * settings.adam_lr / correction)
+        """Make it the learned step and Adam's, as the shares say."""
+        adam = self.views(sum(chunk.lengths)).adam
+        for (share, age), learned, other in zip(chunk.mixes, chunk.split(step), chunk.split(adam), strict=True):
+            learned.mul_(share * factor)
+            if age:
+                learned.add_(other, alpha=(1 - share) * settings.adam_lr / _bound(settings.time, age)[0])
 
     # -- normalised steps --------------------------------------------------------------------------------------------
 
@@ -249,7 +256,7 @@ class Engine(Network):
         kept: dict[int, Tensor] = {}
         sums = []
         for i, chunk in enumerate(chunks):
-            u = self._moved(chunk, first, scale, settings.gradient)
+            u = self._moved(chunk, first, scale, settings, last=False)
             third = self.views(sum(chunk.lengths)).rows[2]
             for x, y in zip(chunk.split(u), chunk.split(third), strict=True):
                 sums += [torch.dot(x, x), y.sum()]
@@ -260,21 +267,30 @@ class Engine(Network):
         size = self.size(squares, scales, energy).tolist()
         for i, chunk in enumerate(chunks):
             if i not in kept:
-                u = self._moved(chunk, first, scale, settings.gradient)
+                u = self._moved(chunk, first, scale, settings, last=True)
             else:
                 u = kept.pop(i)
                 if chunk.seconds:
-                    self._fill(chunk, settings.gradient)  # Adam's part is of the gradient
+                    self._fill(chunk, settings.gradient)
+                    self._adam(chunk, settings)
             torch._foreach_mul_(chunk.split(u), [size[tensor] for tensor in chunk.tensors])
             self._apply(chunk, u, settings.size, settings)
 
-    def _moved(self, chunk: Chunk, first: Sequence[Tensor], scale: list[float], factor: float) -> Tensor:
+    def _moved(
+        self, chunk: Chunk, first: Sequence[Tensor], scale: list[float], settings: Settings, *, last: bool
+    ) -> Tensor:
         """Return the direction of a chunk, which starts from the momentum."""
-        u = self._direction(chunk, first, factor)
+        u = self._direction(chunk, first, settings, last=last)
         momentum = self.views(sum(chunk.lengths)).inputs[self.architecture.momentum]
         for tensor, x, m in zip(chunk.tensors, chunk.split(u), chunk.split(momentum), strict=True):
             x.add_(m, alpha=scale[tensor])
         return u
+
+
+def _bound(time: int, age: int) -> tuple[float, float]:
+    """Return what Adam's ratio is at most before it is corrected, and the correction of its root."""
+    late = math.sqrt(1 - ADAM[1] ** age)
+    return (1 - ADAM[0] ** (time + 1)) / late, late
 
 
 class _Means:
