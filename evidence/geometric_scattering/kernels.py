@@ -21,7 +21,8 @@ import sys
 import numpy as np
 from grakel import Graph, WeisfeilerLehman, VertexHistogram
 
-data, out, depths = np.load(sys.argv[1]), sys.argv[2], [int(h) for h in sys.argv[3:]]
+file, out, depths = np.load(sys.argv[1]), sys.argv[2], [int(h) for h in sys.argv[3:]]
+data = {name: file[name] for name in file.files}  # the file is read anew at every access
 graphs, node, edge = [], 0, 0
 for nodes, edges in zip(data["nodes"], data["edges"]):
     pairs = data["pairs"][:, edge : edge + edges].T.tolist()
