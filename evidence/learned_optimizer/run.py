@@ -146,7 +146,6 @@ TASKS = {
     "digits, residual conv net": Task(lambda root: digits(), Residual, (200,)),
     "digits, MLP 128-128-128": Task(lambda root: digits(), mlp(64, 128, 128, 128, 10), (200,)),
     "digits, MLP 512-512": Task(lambda root: digits(), mlp(64, 512, 512, 10), (200,)),
-    "digits, MLP 1024-1024": Task(lambda root: digits(), mlp(64, 1024, 1024, 10), (200,)),
     "wine": Task(lambda root: split(*load_wine(return_X_y=True)), mlp(13, 32, 3), (200, 2000)),
     "breast cancer": Task(lambda root: split(*load_breast_cancer(return_X_y=True)), mlp(30, 32, 2), (200, 2000)),
     "iris": Task(lambda root: split(*load_iris(return_X_y=True)), mlp(4, 32, 3), (200,)),

@@ -37,7 +37,7 @@ class Guard:
     or no number, it is gone. Trust never comes back: what has diverged once diverges again.
 
     Args:
-        lr: of the Adam step that is fallen back to, until the clock.
+        lr: of the Adam step that is fallen back to.
         step_limit: largest step of an element, times the learning rate.
         trust: share of the learned step.
 
@@ -115,15 +115,6 @@ class Guard:
         late = 1.0 if not clock or step <= clock else clock / step
         wide = 1.0 if not width or inputs <= width else width / inputs
         return self.trust * late * wide
-
-    def adam_lr(self, step: int, clock: int | None) -> float:
-        """Return the learning rate of Adam's step, which past the clock falls as one over the root of time.
-
-        Example:
-            >>> Guard().adam_lr(100, 100), Guard().adam_lr(400, 100)
-            (0.001, 0.0005)
-        """
-        return self.lr * (1.0 if not clock or step <= clock else math.sqrt(clock / step))
 
     def state_dict(self) -> dict[str, float]:
         """Return what it has seen, as plain numbers."""

@@ -42,11 +42,10 @@ class LearnedOptimizer(Optimizer):
     output chooses. There is no learning rate to tune; `lr` multiplies the step, so that schedulers work.
 
     The guard, on by default, keeps it from diverging beyond what it was trained for, by falling back to Adam's step
-    (learning rate `guard_lr`). Past the `clock` of the weights' card time stands still for the network, the share of
-    its step falls as one over time, and that learning rate as one over the root of time. In layers with more inputs
-    than the card's `width` its share falls as one over their number. No element of it moves by more than `0.1 lr`.
-    Where the running loss that the closure returns gives back a quarter of what was gained, half of its share is gone,
-    and so on until all is; ranks decide by their mean loss.
+    (learning rate `guard_lr`). Past the `clock` of the weights' card time stands still for the network, and the share
+    of its step falls as one over time; in layers with more inputs than the card's `width` as one over their number. No
+    element of it moves by more than `0.1 lr`. Where the running loss that the closure returns gives back a quarter of
+    what was gained, half of its share is gone, and so on until all is; ranks decide by their mean loss.
 
     Args:
         params: parameters, or groups of them with `lr` and `weight_decay` of their own.
@@ -59,7 +58,7 @@ class LearnedOptimizer(Optimizer):
         nonfinite: what to do with gradients that are not finite: `"skip"` the step (counted in `skipped_steps`),
             `"zero"` those elements, `"raise"`, or `"propagate"` them.
         guard: see above. State is six floats a parameter, and a seventh once Adam has a share of its step.
-        guard_lr: learning rate of the Adam step that is fallen back to, times `lr`: at first, see above.
+        guard_lr: learning rate of the Adam step that is fallen back to, times `lr`. Long trainings end with it.
         features, hidden_size, hidden_layers: what the weights must be, where that is to be checked.
 
     Raises:
@@ -231,9 +230,8 @@ class LearnedOptimizer(Optimizer):
     def _settings(self, t: int, lr: float, factor: float) -> Settings:
         if self.guard is None:
             return Settings(t, lr, factor)
-        clock = self.weights.clock
-        adam_lr = self.guard.adam_lr(t, clock) * lr
-        return Settings(min(t, clock or t), lr, factor, adam_lr, self.guard.step_limit * lr)
+        time = min(t, self.weights.clock or t)
+        return Settings(time, lr, factor, self.guard.lr * lr, self.guard.step_limit * lr)
 
     def _network(self, p: Tensor) -> Network:
         key = (torch.promote_types(p.dtype, torch.float32), p.device)

@@ -153,7 +153,7 @@ class UnrolledOptimizer:
         gradient, momentum = inputs[:, 0], inputs[:, self.architecture.momentum]
         second = torch.zeros_like(gradient) if second is None else second
         ratio, second = adam_direction(momentum, gradient, second, min(t, self.clock or t) + 1, age)
-        return share * update + (1 - share) * guard.adam_lr(t, self.clock) * ratio, second
+        return share * update + (1 - share) * guard.lr * ratio, second
 
     def _squares(self, inputs: Tensor) -> Tensor:
         """Return the sums of squares over each tensor: `(P, F, N)` -> `(P, K, F)`."""
