@@ -219,8 +219,9 @@ def main() -> None:
         warm = LearnedOptimizer(others, weights=options.memory_of)
         warm.step()  # what the first step of a process needs once; it stays, so that its memory is not taken up again
         for p in optimizer.param_groups[0]["params"]:
-            optimizer._state_of(p)["momenta"].fill_(0.0)  # memory is the process's once it is written to
-            optimizer._state_of(p)["second_moment"] = torch.ones_like(p)
+            state = optimizer._state_of(p)
+            state["momenta"].fill_(0.0)  # memory is the process's once it is written to
+            state |= {"second_moment": torch.ones_like(p), "adam_step": torch.zeros((), dtype=torch.int64)}
         print(json.dumps(extra_memory(optimizer.step, "cpu") / state_size(optimizer)))
         return
     found = tables(options.device, options.rounds)
