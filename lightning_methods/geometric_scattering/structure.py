@@ -22,7 +22,7 @@ Kind = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int], Tensor]]
 # small graphs, and larger ones with more than 1/16 of all edges, are cheaper as dense blocks of many graphs at once
 _SMALL_NODES, _DENSE_FACTOR, _DENSE_NODES = 64, 16, 1024
 # entries that are held at a time
-_ELEMENTS = 2**22
+_ELEMENTS = 2**21
 
 
 def degree(edge_index: Tensor, batch: Tensor | None = None, num_nodes: int | None = None) -> Tensor:
