@@ -52,6 +52,7 @@ def write(home: Path, **changed: object) -> str:
     return "study.yaml"
 
 
+@pytest.mark.slow
 def test_a_study_of_configurations_from_plan_to_diff(home, capsys, monkeypatch):
     file = write(home, track={"wandb": {"project": "test", "mode": "offline"}})
     monkeypatch.setenv("WANDB_SILENT", "true")
