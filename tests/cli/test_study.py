@@ -175,7 +175,8 @@ def test_ranks_that_would_start_the_study_again_are_refused(home):
 
 @pytest.mark.slow
 def test_two_processes_in_a_run(home):
-    study = Study("ddp", metric="val/loss", replicates=2, folder="ddp", check_repeat=False, engine={"retries": 0})
+    engine = {"retries": 0, "process": "spawn"}  # what other tests did with CUDA in this process is not inherited
+    study = Study("ddp", metric="val/loss", replicates=2, folder="ddp", check_repeat=False, engine=engine)
     overrides = {"trainer.devices": 2, "trainer.strategy": "ddp_fork", "trainer.limit_val_batches": 2}
     found = study.add("A", config="base.yaml", overrides=overrides).run()
     assert len(found.scores["A"]) == 2, [run.error for run in study.ledger.runs().values()]

@@ -131,13 +131,14 @@ def test_sweeps_call_what_exists(path: Path, at_home: Path) -> None:
 @pytest.mark.parametrize("path", slow_where(lambda path: path.name not in SHORT, EXAMPLES), ids=name_of)
 def test_examples_run(path: Path, at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With W&B offline, as the README shows it: curves, pictures and a table are on disk."""
+    import wandb
+
+    wandb.teardown()  # it keeps the settings of the first test that used it
     runpy.run_path(str(path), run_name="__main__")
     printed = capsys.readouterr().out
     shown = re.findall(r"\S+\.(?:png|csv)", Console(width=200).render_str(printed).plain)
     assert shown
     assert all((at_home / file).is_file() for file in shown)
-    import wandb
-
     wandb.finish()
     media = {file.suffix for file in (at_home / "runs" / "wandb").rglob("files/media/**/*") if file.is_file()}
     assert {".png", ".json"} <= media
